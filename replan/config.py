@@ -116,8 +116,6 @@ def _loader() -> type[Any]:
     class Loader(yaml.SafeLoader):
         """PyYAML speaks YAML 1.1; its implicit types surprise people who write settings."""
 
-        yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
-
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
             for key_node, _ in node.value:
@@ -129,6 +127,7 @@ def _loader() -> type[Any]:
                 seen.add(key_node.value)
             return super().construct_mapping(node, deep=deep)
 
+    Loader.yaml_implicit_resolvers = {}
     number = r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
     for tag, pattern, first in (
         ("null", r"null|Null|NULL|~|", ["~", "n", "N", ""]),
