@@ -1,0 +1,237 @@
+"""From a token layout, boxes and rules to a region mask. Pure torch; three small steps:
+
+    layout, boxes   -> member_S   which roles each token plays (an overlap plays several), as bits
+    rules           -> one row of bits per role
+    member_S, rows  -> reads_S    the union of the rows of a token's roles
+
+A token q sees a token k iff reads[q] & member[k] != 0. Box geometry is exact integer arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from replan.rules import (
+    MAX_REGIONS,
+    MaskConfig,
+    Role,
+    RoleKind,
+    RulePhase,
+    Rules,
+    builtin_rules,
+    load_rules,
+    roles,
+    schedule,
+)
+from replan.types import Box, Grid, Size
+
+__all__ = [
+    "MAX_REGIONS",
+    "MaskConfig",
+    "RegionMask",
+    "Role",
+    "RoleKind",
+    "RulePhase",
+    "TokenLayout",
+    "build_mask",
+    "load_rules",
+    "mask_at",
+    "phases",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """Lengths of the joint sequence [vision | main | hint 1..n | noise | ref 1..m], in tokens; grids are row-major.
+
+    `hint_pads` says how many trailing tokens of each hint are padding (seen by nobody); () = none. Boxes apply to the
+    noise and to the reference `edited_ref`; other references are background.
+    """
+
+    vision: int
+    main: int
+    hints: tuple[int, ...]
+    noise: Grid
+    refs: tuple[Grid, ...]
+    hint_pads: tuple[int, ...] = ()
+    edited_ref: int = 0
+
+    def __post_init__(self) -> None:
+        grids = (self.noise, *self.refs)
+        if min((self.vision, self.main, *self.hints, *(side for grid in grids for side in grid)), default=0) < 0:
+            raise ValueError(f"{self}: lengths must be 0 or more")
+        if self.hint_pads and (
+            len(self.hint_pads) != len(self.hints)
+            or any(not 0 <= pad <= hint for pad, hint in zip(self.hint_pads, self.hints, strict=True))
+        ):
+            raise ValueError(f"{self}: hint_pads must give, for each hint, how many of its tokens are padding")
+
+    @property
+    def text_length(self) -> int:
+        return self.vision + self.main + sum(self.hints)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the whole sequence."""
+        return self.text_length + sum(grid.columns * grid.rows for grid in (self.noise, *self.refs))
+
+    @property
+    def vision_slice(self) -> slice:
+        return slice(0, self.vision)
+
+    @property
+    def main_slice(self) -> slice:
+        return slice(self.vision, self.vision + self.main)
+
+    @property
+    def hint_slices(self) -> tuple[slice, ...]:
+        return _slices(self.vision + self.main, self.hints)
+
+    @property
+    def noise_slice(self) -> slice:
+        return slice(self.text_length, self.text_length + self.noise.columns * self.noise.rows)
+
+    @property
+    def ref_slices(self) -> tuple[slice, ...]:
+        return _slices(self.noise_slice.stop, tuple(grid.columns * grid.rows for grid in self.refs))
+
+
+def _slices(start: int, lengths: Sequence[int]) -> tuple[slice, ...]:
+    """Adjacent slices of the given lengths."""
+    found = []
+    for length in lengths:
+        found.append(slice(start, start + length))
+        start += length
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionMask:
+    """Who sees whom, as two int64 bit fields per token, [S] each: q sees k iff reads_S[q] & member_S[k] != 0."""
+
+    member_S: Tensor
+    reads_S: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.member_S.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RegionMask:
+        return RegionMask(
+            self.member_S.to(device, non_blocking=non_blocking), self.reads_S.to(device, non_blocking=non_blocking)
+        )
+
+    def classes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens grouped by equal bits: (reader class [S], key class [S], bool table [reader classes, key classes])."""
+        readers, reader_S = torch.unique(self.reads_S, return_inverse=True)
+        members, member_S = torch.unique(self.member_S, return_inverse=True)
+        return reader_S, member_S, (readers[:, None] & members[None, :]) != 0
+
+    def dense(self) -> Tensor:
+        """The mask as a bool matrix [S, S], row = query."""
+        # through the few classes: an S x S int64 intermediate would be 8 times larger than the result
+        reader_S, member_S, table = self.classes()
+        return table[:, member_S][reader_S]
+
+    def hide(self, tokens: slice | Tensor) -> RegionMask:
+        """The same mask with some tokens (padding) seen by nobody. They still read, so that no row is empty."""
+        member_S, reads_S = self.member_S.clone(), self.reads_S.clone()
+        member_S[tokens] = 0
+        reads_S[tokens] = torch.iinfo(torch.int64).max
+        return RegionMask(member_S, reads_S)
+
+    def pad(self, length: int) -> RegionMask:
+        """Grown to `length` tokens at the end; the new ones are seen by nobody."""
+        zeros = self.member_S.new_zeros(length - self.length)
+        grown = RegionMask(torch.cat([self.member_S, zeros]), torch.cat([self.reads_S, zeros]))
+        return grown.hide(slice(self.length, length))
+
+
+def build_mask(
+    layout: TokenLayout, boxes: Sequence[Box], size: Size, config: MaskConfig, *, isolated: bool
+) -> RegionMask | None:
+    """The mask of the built-in rules; None = everyone sees everyone, when there are no boxes.
+
+    `boxes` are in pixels of a source picture of `size`, one per hint, and grow by `config.expand` here. A box outside
+    the picture has no image tokens. `isolated` picks the locality rules. `config.rules` count in `phases` only.
+
+    Raises PlanError above MAX_REGIONS, ValueError when hints and boxes differ in number.
+    """
+    if not _check(layout, boxes):
+        return None
+    return _visibility(_members(layout, boxes, size, config), builtin_rules(len(boxes), config, isolated=isolated))
+
+
+def phases(
+    layout: TokenLayout, boxes: Sequence[Box], size: Size, config: MaskConfig
+) -> tuple[tuple[float, RegionMask], ...]:
+    """(until this share of the steps, mask), ascending, the last 1.0; () = full attention throughout, without boxes.
+
+    Raises as `build_mask`, and ConfigError where `config.rules` name a region that the plan has not.
+    """
+    if not _check(layout, boxes):
+        return ()
+    member_S = _members(layout, boxes, size, config)
+    return tuple((until, _visibility(member_S, rules)) for until, rules in schedule(len(boxes), config))
+
+
+def mask_at(masks: Sequence[tuple[float, RegionMask]], step: int, steps: int) -> RegionMask | None:
+    """The mask of step 0..steps-1: the first phase with step < int(until * steps). None without phases."""
+    for until, mask in masks:
+        if step < int(until * steps):
+            return mask
+    return masks[-1][1] if masks else None
+
+
+def _check(layout: TokenLayout, boxes: Sequence[Box]) -> bool:
+    """Whether there is anything to mask."""
+    roles(len(boxes))  # raises above MAX_REGIONS
+    if len(boxes) != len(layout.hints):
+        raise ValueError(f"{len(boxes)} boxes for {len(layout.hints)} hints: every region needs both")
+    return len(boxes) > 0
+
+
+def _bits(regions: int) -> dict[Role, int]:
+    return {role: 1 << position for position, role in enumerate(roles(regions))}
+
+
+def _members(layout: TokenLayout, boxes: Sequence[Box], size: Size, config: MaskConfig) -> Tensor:
+    """Role bits of each token, [S] int64; 0 for padding."""
+    bit = _bits(len(boxes))
+    grown = [box.expand(config.expand, size) for box in boxes] if config.expand else list(boxes)
+    member_S = torch.zeros(layout.length, dtype=torch.int64)
+    member_S[layout.vision_slice] = bit[Role(RoleKind.VISION)]
+    member_S[layout.main_slice] = bit[Role(RoleKind.MAIN)]
+    pads = layout.hint_pads or (0,) * len(layout.hints)
+    for number, (span, pad) in enumerate(zip(layout.hint_slices, pads, strict=True), 1):
+        member_S[span.start : span.stop - pad] = bit[Role(RoleKind.HINT, number)]
+    regions = [bit[Role(RoleKind.NOISE_REGION, number)] for number in range(1, len(boxes) + 1)]
+    member_S[layout.noise_slice] = _cells(layout.noise, grown, size, regions, bit[Role(RoleKind.NOISE_BACKGROUND)])
+    regions = [bit[Role(RoleKind.REF_REGION, number)] for number in range(1, len(boxes) + 1)]
+    for number, (span, grid) in enumerate(zip(layout.ref_slices, layout.refs, strict=True)):
+        inside = grown if number == layout.edited_ref else []
+        member_S[span] = _cells(grid, inside, size, regions, bit[Role(RoleKind.REF_BACKGROUND)])
+    return member_S
+
+
+def _cells(grid: Grid, boxes: Sequence[Box], size: Size, regions: Sequence[int], background: int) -> Tensor:
+    """Role bits of one image's tokens, row-major [rows * columns]: every box that a cell touches, else background."""
+    cells = torch.zeros(grid.rows, grid.columns, dtype=torch.int64)
+    for box, bit in zip(boxes, regions, strict=False):
+        part = box.cells(size, grid)
+        cells[part.top : part.bottom, part.left : part.right] |= bit
+    return torch.where(cells == 0, background, cells).flatten()
+
+
+def _visibility(member_S: Tensor, rules: Rules) -> RegionMask:
+    """Join token membership and rules: a token reads whatever any of its roles reads."""
+    bit = _bits(sum(role.kind is RoleKind.HINT for role in rules))
+    reads_S = torch.zeros_like(member_S)
+    for query, keys in rules.items():
+        row = sum(bit[key] for key in keys)
+        reads_S |= torch.where(member_S & bit[query] != 0, row, 0)
+    return RegionMask(member_S, reads_S).hide(member_S == 0)
