@@ -151,12 +151,19 @@ def _read(source: Source) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not a text file (UTF-8)") from error
-    values = parse_yaml(text, str(path))
+    values = _parse_json(text, path) if path.suffix == ".json" else parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `key: value` lines, not a {type(values).__name__}")
+        raise ConfigError(f"{path}: must hold keys and values, not a {type(values).__name__}")
     return values
+
+
+def _parse_json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     ("text", "message"),
     [
         (b"steps: [1", "line 1: not valid YAML"),
-        (b"- 1\n- 2\n", "must hold `key: value` lines, not a list"),
+        (b"- 1\n- 2\n", "must hold keys and values, not a list"),
         (b"steps: 1\nsteps: 2\n", "line 2: not valid YAML: key 'steps' is written twice"),
         (b"\xff\xfe\x00", "is not a text file"),
         (b"", "steps: missing"),
@@ -137,6 +138,15 @@ def test_bad_files(tmp_path: Path, text: bytes, message: str) -> None:
     with pytest.raises(ConfigError, match=r".*") as caught:
         load(Outer, path)
     assert message in str(caught.value)
+
+
+def test_json_files(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(GOOD))
+    assert load(Outer, path) == load(Outer, GOOD)
+    path.write_text('{"steps": 1')
+    with pytest.raises(ConfigError, match=r"run\.json: not valid JSON: Expecting"):
+        load(Outer, path)
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
