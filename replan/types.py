@@ -62,9 +62,7 @@ class Box:
     def expand(self, ratio: float, size: Size) -> Box:
         """Move each side out by `ratio` of the box's own width or height, truncate to integers, clip to `size`."""
         dx, dy = ratio * self.width, ratio * self.height
-        return Box(
-            int(self.left - dx), int(self.top - dy), int(self.right + dx), int(self.bottom + dy)
-        ).clip(size)
+        return Box(int(self.left - dx), int(self.top - dy), int(self.right + dx), int(self.bottom + dy)).clip(size)
 
     def rescale(self, source: Size, target: Size) -> Box:
         """Map from a picture of size `source` to one of size `target`, rounding outward with exact integer arithmetic."""
@@ -82,7 +80,10 @@ class Box:
     def iou(self, other: Box) -> float:
         """Intersection over union, 0 when both are empty."""
         inner = Box(
-            max(self.left, other.left), max(self.top, other.top), min(self.right, other.right), min(self.bottom, other.bottom)
+            max(self.left, other.left),
+            max(self.top, other.top),
+            min(self.right, other.right),
+            min(self.bottom, other.bottom),
         )
         shared = inner.area if inner.width > 0 and inner.height > 0 else 0
         union = self.area + other.area - shared
@@ -131,12 +132,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
-    """A picture and an instruction. With `plan` given, planning is skipped: the plan edited by hand takes the same path."""
+    """A picture and an instruction. With `plan` given, planning is skipped: the plan edited by hand takes the same path.
+
+    `extra_images` are further pictures to look at, for editors that take several; `image` is the one that is edited.
+    """
 
     image: Image
     instruction: str
     seed: int = 0
     plan: Plan | None = None
+    extra_images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,202 @@
+"""Flux.1 Kontext: a stock FluxKontextPipeline and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from replan.backbones.base import (
+    Conditioning,
+    EditConfig,
+    generators,
+    mask_schedule,
+    regions,
+    schedule,
+)
+from replan.backbones.runtime import Runtime, load_pipeline
+from replan.denoise import Velocity, guide
+from replan.errors import ConfigError
+from replan.mask import TokenLayout, phases
+from replan.types import EditRequest, Grid, Plan, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Tight hints are rounded up to this many tokens, so that a compiled kernel meets few lengths; the padding is masked.
+HINT_BUCKET = 8
+MAX_TOKENS = 512  # the stock pipeline refuses more
+
+
+class FluxKontext:
+    """Sequence: [main (padded) | hint 1..n | noise | reference]; the reference has the size of the output."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @classmethod
+    def load(cls, weights: str, runtime: Runtime) -> FluxKontext:
+        """From a hub id or a folder. Raises BackboneError, ConfigError."""
+        from diffusers import FluxKontextPipeline
+
+        return cls(load_pipeline(FluxKontextPipeline, weights, runtime, encoders=("text_encoder_2",)))
+
+    @torch.no_grad()
+    def condition(self, request: EditRequest, plan: Plan | None, config: EditConfig) -> Conditioning:
+        """Encode picture, prompt and hints; see Backbone."""
+        if config.max_sequence_length > MAX_TOKENS:
+            raise ConfigError(f"max_sequence_length = {config.max_sequence_length}: Flux takes at most {MAX_TOKENS}")
+        image = request.image.convert("RGB")
+        source = Size(*image.size)
+        prompt, boxes, hints = regions(plan, source)
+        prompt = request.instruction if prompt is None else prompt
+        picture, grid = self._picture(image, self._frame(source, config))
+        picture |= self._guidance(config)
+        text, counts, pads = self._text(prompt, hints, config)
+        layout = TokenLayout(0, config.max_sequence_length, counts, grid, (grid,), hint_pads=pads)
+        sigmas = schedule(self.pipe.scheduler, config.steps, grid.columns * grid.rows)
+        negative = None
+        if config.guided:
+            against, _, _ = self._text(config.negative_prompt, (), config)
+            bare = TokenLayout(0, config.max_sequence_length, (), grid, (grid,))
+            negative = Conditioning({**picture, **against}, sigmas, bare, source, (request.seed,))
+        return Conditioning(
+            tensors={**picture, **text},
+            sigmas=sigmas,
+            layout=layout,
+            source=source,
+            seeds=(request.seed,),
+            masks=mask_schedule(phases(layout, boxes, source, config.mask), sigmas),
+            negative=negative,
+            scale=config.true_cfg or 1.0,
+        )
+
+    def noise(self, cond: Conditioning) -> Tensor:
+        """[seeds, P, C], as the stock pipeline draws it."""
+        size = self._size(cond.layout.noise)
+        dtype = cond.tensors["text"].dtype
+        return self.pipe.prepare_latents(
+            None, len(cond.seeds), self._channels, size.height, size.width, dtype, self._device, generators(cond.seeds)
+        )[0]
+
+    def velocity(self, cond: Conditioning) -> Velocity:
+        """v(x, sigma); see Backbone."""
+        positive = self._branch(cond, "cond")
+        if cond.negative is None:
+            return positive
+        return guide(positive, self._branch(cond.negative, "uncond"), cond.scale, rescale=False)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, cond: Conditioning) -> Image:
+        """The picture of a latent [1, P, C], at the source's size."""
+        pipe, size = self.pipe, self._size(cond.layout.noise)
+        latent = pipe._unpack_latents(latent, size.height, size.width, pipe.vae_scale_factor)
+        latent = (latent / pipe.vae.config.scaling_factor) + pipe.vae.config.shift_factor
+        pixels = pipe.vae.decode(latent, return_dict=False)[0]
+        picture = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+        pipe.maybe_free_model_hooks()
+        return picture if picture.size == cond.source else picture.resize(cond.source)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.pipe._execution_device
+
+    @property
+    def _channels(self) -> int:
+        return self.pipe.transformer.config.in_channels // 4
+
+    @property
+    def _token(self) -> int:
+        """Pixels that one token covers each way: the VAE's factor times the 2x2 packing."""
+        return self.pipe.vae_scale_factor * 2
+
+    def _size(self, grid: Grid) -> Size:
+        return Size(grid.columns * self._token, grid.rows * self._token)
+
+    def _frame(self, source: Size, config: EditConfig) -> Size:
+        """The size to work at: the nearest trained aspect, or `max_area` at the picture's own aspect."""
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        aspect = source.width / source.height
+        if config.auto_resize:
+            _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        else:
+            width, height = round((config.max_area * aspect) ** 0.5), round((config.max_area / aspect) ** 0.5)
+        step = self._token
+        return Size(max(width // step, 1) * step, max(height // step, 1) * step)
+
+    def _picture(self, image: Image, size: Size) -> tuple[dict[str, Tensor], Grid]:
+        """Reference tokens [1, P, C] and the position ids of noise and reference [2P, 3]."""
+        pipe = self.pipe
+        pixels = pipe.image_processor.resize(image, size.height, size.width)
+        pixels = pipe.image_processor.preprocess(pixels, size.height, size.width)
+        dtype = pipe.text_encoder_2.dtype
+        # `latents` given: nothing is drawn here, the noise has its own generators
+        blank = torch.empty(0)
+        _, reference, noise_ids, reference_ids = pipe.prepare_latents(
+            pixels, 1, self._channels, size.height, size.width, dtype, self._device, None, blank
+        )
+        ids = torch.cat([noise_ids, reference_ids], dim=0)
+        return {"reference": reference, "ids": ids}, Grid(size.width // self._token, size.height // self._token)
+
+    def _text(
+        self, prompt: str, hints: Sequence[str], config: EditConfig
+    ) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[int, ...]]:
+        """Text tokens [1, L, D] of main prompt and hints, their ids, a pooled vector; each hint's length and padding.
+
+        A hint is encoded padded, as the model knows its prompts, and then cut down to its own tokens.
+        """
+        pipe, limit = self.pipe, config.max_sequence_length
+        main, pooled, _ = pipe.encode_prompt(prompt, device=self._device, max_sequence_length=limit)
+        pieces, counts, pads = [main], [], []
+        for hint in hints:
+            tokens = pipe._get_t5_prompt_embeds(hint, max_sequence_length=limit, device=self._device)
+            ids = pipe.tokenizer_2(hint, max_length=limit, truncation=True).input_ids
+            true = limit if config.hint_padding == "full" else len(ids)
+            count = min(-(-true // HINT_BUCKET) * HINT_BUCKET, limit)
+            pieces.append(tokens[:, :count])
+            counts.append(count)
+            pads.append(count - true)
+        if hints and config.mask.pooled != "main":
+            texts = list(hints) if config.mask.pooled == "hints" else [""]
+            pooled = pipe._get_clip_prompt_embeds(texts, device=self._device).mean(dim=0, keepdim=True)
+        text = torch.cat(pieces, dim=1)
+        ids = torch.zeros(text.shape[1], 3, device=self._device, dtype=pipe.text_encoder.dtype)
+        return {"text": text, "pooled": pooled, "text_ids": ids}, tuple(counts), tuple(pads)
+
+    def _guidance(self, config: EditConfig) -> dict[str, Tensor]:
+        if not self.pipe.transformer.config.guidance_embeds:
+            return {}
+        return {"guidance": torch.full([1], config.guidance, device=self._device, dtype=torch.float32)}
+
+    def _branch(self, cond: Conditioning, name: str) -> Velocity:
+        """v(x, sigma) of one prompt, without guidance against another."""
+        transformer, tensors = self.pipe.transformer, cond.tensors
+        per_sigma = self.pipe.scheduler.config.num_train_timesteps
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            batch = x.shape[0]
+            time = (sigma * per_sigma).to(x.device).expand(batch).to(x.dtype)
+            guidance = tensors.get("guidance")
+            with transformer.cache_context(name), self._masked(cond, sigma) as kwargs:
+                out = transformer(
+                    hidden_states=torch.cat([x, tensors["reference"].expand(batch, -1, -1)], dim=1),
+                    timestep=time / 1000,
+                    guidance=None if guidance is None else guidance.expand(batch),
+                    pooled_projections=tensors["pooled"].expand(batch, -1),
+                    encoder_hidden_states=tensors["text"].expand(batch, -1, -1),
+                    txt_ids=tensors["text_ids"],
+                    img_ids=tensors["ids"],
+                    joint_attention_kwargs=kwargs,
+                    return_dict=False,
+                )[0]
+            return out[:, : x.shape[1]]
+
+        return velocity
+
+    def _masked(self, cond: Conditioning, sigma: Tensor) -> Any:
+        mask = cond.mask(float(sigma))
+        return nullcontext({} if mask is None else {"attention_mask": mask.dense().to(self._device)[None, None]})

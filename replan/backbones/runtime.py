@@ -1,0 +1,180 @@
+"""Where and how a model runs: device, number type, offload, quantisation, compilation, LoRA; diffusers does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from replan.errors import BackboneError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "sequential", "group")
+QUANTIZERS = ("int8", "fp8", "nf4", "bnb-int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where and how the models run.
+
+    device    auto (cuda, else mps, else cpu), or one of them, or cuda:1
+    dtype     auto (bfloat16 on an accelerator, float32 on a CPU) or its name
+    offload   none; model: one part at a time on the accelerator; group: one layer group; sequential: one layer
+    quantize  int8 or fp8 weights (torchao), nf4 or bnb-int8 (bitsandbytes); None = as stored
+    compile   compile the transformer's blocks
+    lora      files, folders or hub ids (`owner/name` or `owner/name:file.safetensors`)
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: str = "none"
+    quantize: str | None = None
+    compile: bool = False
+    lora: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device.partition(":")[0], DEVICES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("offload", self.offload, OFFLOADS)
+        if self.quantize is not None:
+            _one_of("quantize", self.quantize, QUANTIZERS)
+        object.__setattr__(self, "lora", (self.lora,) if isinstance(self.lora, str) else tuple(self.lora or ()))
+
+    def torch_device(self) -> torch.device:
+        """The device meant. Raises ConfigError when this machine has none of the kind."""
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "mps" if _mps() else "cpu")
+        device = torch.device(self.device)
+        if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not _mps()):
+            raise ConfigError(f"device = {self.device}: this machine or this torch has none; use auto or cpu")
+        return device
+
+    def torch_dtype(self) -> torch.dtype:
+        """The number type meant."""
+        import torch
+
+        if self.dtype == "auto":
+            return torch.float32 if self.torch_device().type == "cpu" else torch.bfloat16
+        return getattr(torch, self.dtype)
+
+
+def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Sequence[str]) -> Any:
+    """A stock pipeline of class `kind` from a hub id or folder, set up as `runtime` says.
+
+    `encoders` are the parts beside the transformer that quantisation covers.
+    Raises BackboneError when it cannot be loaded, ConfigError when `runtime` asks for what is not there.
+    """
+    device, dtype = runtime.torch_device(), runtime.torch_dtype()
+    if runtime.offload in ("model", "sequential") and device.type == "cpu":
+        raise ConfigError(f"offload = {runtime.offload}: needs an accelerator; on a CPU use none")
+    extra: dict[str, Any] = {}
+    if runtime.quantize is not None:
+        extra["quantization_config"] = _quantization(runtime.quantize, ("transformer", *encoders), dtype)
+    pipe = guard(f"model {weights}", lambda: kind.from_pretrained(weights, dtype=dtype, **extra))
+    pipe.set_progress_bar_config(disable=True)
+    _load_loras(pipe, runtime.lora)
+    if runtime.compile:  # before the offload hooks, which wrap the compiled blocks
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    _place(pipe, runtime.offload, device)
+    return pipe
+
+
+def guard(what: str, load: Callable[[], Any]) -> Any:
+    """Run `load`; whatever the libraries raise for missing or broken weights becomes a BackboneError."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackboneError(f"{what}: cannot be loaded ({type(error).__name__}: {reason[0]})") from error
+
+
+def _place(pipe: Any, offload: str, device: torch.device) -> None:
+    import torch
+
+    match offload:
+        case "none":
+            pipe.to(device)
+        case "model":
+            pipe.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        case "group":
+            pipe.enable_group_offload(
+                onload_device=device,
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level",
+                use_stream=device.type == "cuda",
+            )
+
+
+def _load_loras(pipe: Any, loras: Sequence[str]) -> None:
+    for number, source in enumerate(loras):
+        folder, name = _lora_parts(source)
+        extra = {"weight_name": name} if name else {}
+        guard(
+            f"LoRA {source}",
+            lambda folder=folder, extra=extra, number=number: pipe.load_lora_weights(
+                folder, adapter_name=f"lora{number}", **extra
+            ),
+        )
+    if len(loras) > 1:
+        pipe.set_adapters([f"lora{number}" for number in range(len(loras))])
+
+
+def _lora_parts(source: str) -> tuple[str, str | None]:
+    """Folder or hub id, and the file inside it."""
+    path = Path(source)
+    if path.is_file():
+        return str(path.parent), path.name
+    if not path.exists() and ":" in source and not os.path.isabs(source):
+        folder, _, name = source.partition(":")
+        return folder, name
+    return source, None
+
+
+def _quantization(name: str, parts: Sequence[str], dtype: torch.dtype) -> Any:
+    """diffusers' quantisation of the named parts. Raises ConfigError when the library is missing."""
+    package = "bitsandbytes" if name in ("nf4", "bnb-int8") else "torchao"
+    try:
+        __import__(package)
+    except ImportError as error:
+        raise ConfigError(f"quantize = {name}: needs {package}; pip install 'replan[gpu]'") from error
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    if name == "nf4":
+        return PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_4bit",
+            quant_kwargs={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
+            components_to_quantize=list(parts),
+        )
+    if name == "bnb-int8":
+        return PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_8bit", quant_kwargs={"load_in_8bit": True}, components_to_quantize=list(parts)
+        )
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig as TextTorchAoConfig
+
+    how = Int8WeightOnlyConfig() if name == "int8" else Float8DynamicActivationFloat8WeightConfig()
+    # the two libraries' classes are not the same one: the transformer takes diffusers', the text encoders transformers'
+    mapping = {part: TorchAoConfig(how) if part == "transformer" else TextTorchAoConfig(how) for part in parts}
+    return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(known)}")
+
+
+def _mps() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()

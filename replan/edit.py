@@ -1,0 +1,215 @@
+"""The editor: plan, condition, sample, decode; nothing else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from replan.backbones import Backbone, EditConfig, Runtime, default_config, load_backbone
+from replan.errors import ConfigError, PlanError
+from replan.types import Box, Edit, EditRequest, Plan, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from replan.planner import Planner, PlannerConfig
+
+__all__ = ["Editor", "OnStep", "Runtime"]
+
+T = TypeVar("T")
+Preview = Callable[[], "Image"]
+OnStep = Callable[[int, int, Preview], bool | None]
+log = logging.getLogger(__name__)
+
+
+class Editor:
+    """Turns requests into edits. Planner and backbone load when first used; a request with a plan needs no planner."""
+
+    def __init__(self, planner: Planner | None, backbone: Backbone, config: EditConfig) -> None:
+        self.config = config
+        self._planner: _Lazy[Planner | None] = _Lazy(lambda: planner)
+        self._backbone: _Lazy[Backbone] = _Lazy(lambda: backbone)
+
+    @classmethod
+    def load(
+        cls,
+        backbone: str = "mini",
+        planner: str | None = "mini",
+        *,
+        config: EditConfig | None = None,
+        runtime: Runtime | None = None,
+        planner_config: PlannerConfig | None = None,
+    ) -> Editor:
+        """By name, folder or hub id; `planner=None` plans nothing. Nothing is loaded before it is used.
+
+        Raises ConfigError for an unknown backbone; the first use raises BackboneError or PlannerError.
+        """
+        where = runtime or Runtime()
+        editor = cls.__new__(cls)
+        editor.config = config or default_config(backbone)
+        editor._planner = _Lazy(lambda: None if planner is None else _load_planner(planner, planner_config, where))
+        editor._backbone = _Lazy(lambda: load_backbone(backbone, where))
+        return editor
+
+    @property
+    def planner(self) -> Planner | None:
+        return self._planner.get()
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._backbone.get()
+
+    def plan(self, request: EditRequest) -> Plan:
+        """The request's own plan, or the planner's, in the picture's pixels.
+
+        Raises PlanError when the planner's answer cannot be used, PlannerError when the planner itself failed.
+        """
+        size = Size(*request.image.size)
+        if request.plan is not None:
+            return request.plan.to(size)
+        if self.planner is None:
+            raise ConfigError("this editor has no planner: give the request a plan, or load it with planner='mini'")
+        return self.planner(request).to(size)
+
+    def __call__(self, request: EditRequest, on_step: OnStep | None = None, *, strict: bool = False) -> Edit:
+        """Plan and edit. A plan that cannot be used falls back to the bare instruction, and a note says so.
+
+        `on_step(step, total, preview)` is called after each step; `preview()` decodes the present state; when it
+        returns False, Cancelled is raised. With `strict`, PlanError is raised instead of falling back.
+        """
+        return self._run(request, 1, on_step, strict=strict)[0]
+
+    def baseline(self, request: EditRequest, on_step: OnStep | None = None) -> Edit:
+        """The stock editor with the bare instruction: no plan, no regions."""
+        return self._run(request, 1, on_step, bare=True)[0]
+
+    def candidates(
+        self, request: EditRequest, count: int, on_step: OnStep | None = None, *, strict: bool = False
+    ) -> list[Edit]:
+        """`count` edits by one plan with the seeds request.seed, +1, ...; made in one batched forward per step."""
+        return self._run(request, count, on_step, strict=strict)
+
+    def _run(
+        self, request: EditRequest, count: int, on_step: OnStep | None, *, strict: bool = False, bare: bool = False
+    ) -> list[Edit]:
+        from replan.denoise import sample
+
+        if count < 1:
+            raise ConfigError(f"candidates = {count}: must be 1 or more")
+        clock = _Clock()
+        plan, notes = None, ()
+        if not bare:
+            if request.plan is None:
+                with clock("load"):
+                    _ = self.planner
+            with clock("plan"):
+                plan, notes = self._planned(request, strict)
+        with clock("load"):
+            backbone = self.backbone
+        with clock("condition"):
+            cond = backbone.condition(request, plan, self.config)
+            cond = replace(cond, seeds=tuple(request.seed + number for number in range(count)))
+        with clock("sample"):
+            report = None if on_step is None else _previewed(on_step, lambda x: backbone.decode(x[:1], cond))
+            latents = sample(backbone.velocity(cond), backbone.noise(cond), cond.sigmas, report)
+        with clock("decode"):
+            images = [backbone.decode(latent[None], cond) for latent in latents]
+            if self.config.keep_background and plan is not None and plan.regions:
+                size = Size(*request.image.size)
+                boxes = [region.box.expand(self.config.mask.expand, size) for region in plan.regions]
+                images = [paste_background(request.image, image, boxes) for image in images]
+        return [
+            Edit(replace(request, seed=seed), plan, image, notes, dict(clock.seconds))
+            for seed, image in zip(cond.seeds, images, strict=True)
+        ]
+
+    def _planned(self, request: EditRequest, strict: bool) -> tuple[Plan, tuple[str, ...]]:
+        """The plan and the notes about it; on PlanError the instruction becomes the whole plan."""
+        try:
+            plan = self.plan(request)
+        except PlanError as error:
+            if strict or request.plan is not None:
+                raise
+            note = f"planning failed, the whole picture is edited by the bare instruction: {error}"
+            log.warning(note)
+            raw = getattr(error, "raw", "") or ""
+            return Plan("", request.instruction, (), Size(*request.image.size), (note,), raw), (note,)
+        for note in plan.notes:
+            log.info("plan: %s", note)
+        return plan, plan.notes
+
+
+def paste_background(source: Image, edited: Image, boxes: Sequence[Box]) -> Image:
+    """`edited` inside the boxes, `source` byte for byte outside, with a soft seam just inside each box's edges.
+
+    The seam is 1/8 of the box's shorter side wide, 16 pixels at most; edges on the picture's border have none.
+    """
+    import numpy as np
+    from PIL import Image as Images
+
+    width, height = source.size
+    alpha = np.zeros((height, width))
+    for box in (box.clip(Size(width, height)) for box in boxes):
+        if box.area == 0:
+            continue
+        seam = min(16, min(box.width, box.height) // 8)
+        across = _ramp(box.left, box.right, width, seam)
+        down = _ramp(box.top, box.bottom, height, seam)
+        inside = alpha[box.top : box.bottom, box.left : box.right]
+        np.maximum(inside, np.minimum(across[None, :], down[:, None]), out=inside)
+    mask = Images.fromarray((alpha * 255).round().astype(np.uint8))
+    return Images.composite(edited, source.convert("RGB"), mask)
+
+
+def _ramp(start: int, stop: int, length: int, seam: int) -> Any:
+    """Weights [stop - start], rising from either end to 1 over `seam` pixels; an end on the border does not rise."""
+    import numpy as np
+
+    place = np.arange(stop - start)
+    from_start = np.ones(stop - start) if start == 0 else (place + 1) / (seam + 1)
+    from_stop = np.ones(stop - start) if stop == length else (place[::-1] + 1) / (seam + 1)
+    return np.minimum(1.0, np.minimum(from_start, from_stop))
+
+
+def _load_planner(spec: str, config: PlannerConfig | None, runtime: Runtime) -> Planner:
+    from replan.planner import PlannerConfig, load_planner
+
+    return load_planner(spec, config or PlannerConfig(), runtime.torch_device(), runtime.torch_dtype())
+
+
+def _previewed(on_step: OnStep, decode: Callable[[Any], Image]) -> Callable[[int, int, Any], bool | None]:
+    """The sampler's callback: a latent becomes a picture only when the caller asks for it."""
+    return lambda step, total, estimate: on_step(step, total, lambda: decode(estimate))
+
+
+class _Lazy(Generic[T]):
+    """A value made once, when first asked for, by one thread."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make, self._lock, self._made = make, threading.Lock(), False
+
+    def get(self) -> T:
+        with self._lock:
+            if not self._made:
+                self._value, self._made = self._make(), True
+            return self._value
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
