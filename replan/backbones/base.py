@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -171,6 +172,31 @@ def mask_schedule(
     levels = sigmas.tolist()
     total = len(levels) - 1
     return tuple((levels[int(share * total)], mask) for share, mask in phases)
+
+
+def masking(
+    transformer: Any, cond: Conditioning, executor: str, device: torch.device
+) -> Callable[[Tensor], AbstractContextManager[dict[str, Any]]]:
+    """A function of sigma whose context yields the attention kwargs of one forward; each mask is prepared once.
+
+    Without a mask the stock processors stay in place.
+    """
+    from replan.attention import prepare, region_attention
+
+    prepared: dict[RegionMask, Any] = {}
+
+    @contextmanager
+    def at(sigma: Tensor) -> Iterator[dict[str, Any]]:
+        mask = cond.mask(float(sigma))
+        if mask is None:
+            yield {}
+            return
+        if mask not in prepared:
+            prepared[mask] = prepare(mask, executor, device)
+        with region_attention(transformer, executor, device):
+            yield {"attention_mask": prepared[mask]}
+
+    return at
 
 
 def regions(plan: Plan | None, source: Size) -> tuple[str | None, tuple[Box, ...], tuple[str, ...]]:

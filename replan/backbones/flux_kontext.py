@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from replan.backbones.base import (
     EditConfig,
     generators,
     mask_schedule,
+    masking,
     regions,
     schedule,
 )
@@ -34,15 +34,15 @@ MAX_TOKENS = 512  # the stock pipeline refuses more
 class FluxKontext:
     """Sequence: [main (padded) | hint 1..n | noise | reference]; the reference has the size of the output."""
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any, attention: str = "auto") -> None:
+        self.pipe, self.attention = pipe, attention
 
     @classmethod
     def load(cls, weights: str, runtime: Runtime) -> FluxKontext:
         """From a hub id or a folder. Raises BackboneError, ConfigError."""
         from diffusers import FluxKontextPipeline
 
-        return cls(load_pipeline(FluxKontextPipeline, weights, runtime, encoders=("text_encoder_2",)))
+        return cls(load_pipeline(FluxKontextPipeline, weights, runtime, ("text_encoder_2",)), runtime.attention)
 
     @torch.no_grad()
     def condition(self, request: EditRequest, plan: Plan | None, config: EditConfig) -> Conditioning:
@@ -175,13 +175,14 @@ class FluxKontext:
     def _branch(self, cond: Conditioning, name: str) -> Velocity:
         """v(x, sigma) of one prompt, without guidance against another."""
         transformer, tensors = self.pipe.transformer, cond.tensors
+        masked = masking(transformer, cond, self.attention, self._device)
         per_sigma = self.pipe.scheduler.config.num_train_timesteps
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             batch = x.shape[0]
             time = (sigma * per_sigma).to(x.device).expand(batch).to(x.dtype)
             guidance = tensors.get("guidance")
-            with transformer.cache_context(name), self._masked(cond, sigma) as kwargs:
+            with transformer.cache_context(name), masked(sigma) as kwargs:
                 out = transformer(
                     hidden_states=torch.cat([x, tensors["reference"].expand(batch, -1, -1)], dim=1),
                     timestep=time / 1000,
@@ -196,7 +197,3 @@ class FluxKontext:
             return out[:, : x.shape[1]]
 
         return velocity
-
-    def _masked(self, cond: Conditioning, sigma: Tensor) -> Any:
-        mask = cond.mask(float(sigma))
-        return nullcontext({} if mask is None else {"attention_mask": mask.dense().to(self._device)[None, None]})

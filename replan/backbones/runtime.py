@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential", "group")
+EXECUTORS = ("auto", "dense", "flex")
 QUANTIZERS = ("int8", "fp8", "nf4", "bnb-int8")
 
 
@@ -28,6 +29,7 @@ class Runtime:
     offload   none; model: one part at a time on the accelerator; group: one layer group; sequential: one layer
     quantize  int8 or fp8 weights (torchao), nf4 or bnb-int8 (bitsandbytes); None = as stored
     compile   compile the transformer's blocks
+    attention executor of region masks: auto, dense or flex
     lora      files, folders or hub ids (`owner/name` or `owner/name:file.safetensors`)
     """
 
@@ -36,12 +38,14 @@ class Runtime:
     offload: str = "none"
     quantize: str | None = None
     compile: bool = False
+    attention: str = "auto"
     lora: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("device", self.device.partition(":")[0], DEVICES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("offload", self.offload, OFFLOADS)
+        _one_of("attention", self.attention, EXECUTORS)
         if self.quantize is not None:
             _one_of("quantize", self.quantize, QUANTIZERS)
         object.__setattr__(self, "lora", (self.lora,) if isinstance(self.lora, str) else tuple(self.lora or ()))
