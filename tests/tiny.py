@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,83 @@ def _t5_tokenizer() -> Any:
     from transformers import T5TokenizerFast
 
     return T5TokenizerFast(vocab=_t5_vocabulary(), extra_ids=0, model_max_length=512)
+
+
+def qwen_image_edit(folder: Path, kind: type[Any], *, zero_cond_t: bool = False) -> Path:
+    """A QwenImageEditPipeline or QwenImageEditPlusPipeline (`kind`); one token covers 8 pixels. Returns the folder."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = _qwen_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _QWEN_SPECIAL}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6), zero_cond_t=zero_cond_t,
+        )  # fmt: skip
+        vae = AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.1, 1.3, 0.9],
+        )  # fmt: skip
+        text = {
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+        }  # fmt: skip
+        vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+        encoder = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=text, vision_config={**vision, "fullatt_block_indexes": [1]},
+                image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+                vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+            )
+        )  # fmt: skip
+    pipe = kind(
+        scheduler=_scheduler(max_shift=0.9, max_image_seq_len=8192, shift=1.0, shift_terminal=0.02), vae=vae,
+        text_encoder=encoder, tokenizer=tokenizer, processor=None, transformer=transformer,
+    )  # fmt: skip
+    return _save_qwen(pipe, tokenizer, folder)
+
+
+_QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+
+
+def _qwen_tokenizer() -> Any:
+    """Byte-level BPE in which every word of the real template is one token, so that its prefix has the real 64 tokens."""
+    from diffusers import QwenImageEditPipeline
+    from tokenizers.models import BPE
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    vocabulary = {letter: number for number, letter in enumerate(_byte_letters())}
+    merges: list[tuple[str, str]] = []
+    pre_tokenizer = Qwen2Tokenizer(vocab=vocabulary).backend_tokenizer.pre_tokenizer
+    parts = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer"])
+    template = QwenImageEditPipeline(**parts).prompt_template_encode
+    for part in re.split(r"<\|\w+\|>|{}", template):
+        for word, _ in pre_tokenizer.pre_tokenize_str(part):
+            while len(found := BPE(vocab=vocabulary, merges=merges).tokenize(word)) > 1:
+                merges.append((found[0].value, found[1].value))
+                vocabulary.setdefault("".join(merges[-1]), len(vocabulary))
+    tokenizer = Qwen2Tokenizer(vocab={**vocabulary, _QWEN_SPECIAL[0]: len(vocabulary)}, merges=merges)
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in _QWEN_SPECIAL])
+    return tokenizer
+
+
+def _save_qwen(pipe: Any, tokenizer: Any, folder: Path) -> Path:
+    """Save; the processor by its files, because its class cannot be built without torchvision."""
+    from transformers import AutoImageProcessor  # noqa: F401
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    pipe.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "processor")
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
+    shutil.copy(
+        folder / "processor" / "preprocessor_config.json", folder / "processor" / "video_preprocessor_config.json"
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

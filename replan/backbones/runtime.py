@@ -70,16 +70,16 @@ class Runtime:
         return getattr(torch, self.dtype)
 
 
-def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Sequence[str]) -> Any:
+def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Sequence[str], **parts: Any) -> Any:
     """A stock pipeline of class `kind` from a hub id or folder, set up as `runtime` says.
 
-    `encoders` are the parts beside the transformer that quantisation covers.
+    `encoders` are the parts beside the transformer that quantisation covers; `parts` are ready-made components.
     Raises BackboneError when it cannot be loaded, ConfigError when `runtime` asks for what is not there.
     """
     device, dtype = runtime.torch_device(), runtime.torch_dtype()
     if runtime.offload in ("model", "sequential") and device.type == "cpu":
         raise ConfigError(f"offload = {runtime.offload}: needs an accelerator; on a CPU use none")
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(parts)
     if runtime.quantize is not None:
         extra["quantization_config"] = _quantization(runtime.quantize, ("transformer", *encoders), dtype)
     pipe = guard(f"model {weights}", lambda: kind.from_pretrained(weights, dtype=dtype, **extra))
