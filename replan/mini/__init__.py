@@ -1,1 +1,1 @@
-"""The mini world: drawn scenes, instructions with exact plans and exact target pictures, and small models of the real classes."""
+"""The mini world: drawn scenes, instructions with exact plans and target pictures, small models of the real classes."""

@@ -25,7 +25,11 @@ DESCRIPTIONS = {
     "apple": "thing one eats",
 }
 FILLERS = ("used", "old", "little", "nice", "small", "new")
-WHERE = {"shelf": ("on the shelf",), "desk": ("on the desk", "on the table"), "garden": ("in the garden", "on the grass")}
+WHERE = {
+    "shelf": ("on the shelf",),
+    "desk": ("on the desk", "on the table"),
+    "garden": ("in the garden", "on the grass"),
+}
 EXTREMES: dict[str, tuple[Callable[[Thing], int], tuple[str, ...]]] = {
     "left": (lambda t: t.column, ("the left {}", "the leftmost {}", "the {} on the left")),
     "right": (lambda t: -t.column, ("the right {}", "the rightmost {}", "the {} on the right")),
@@ -36,7 +40,7 @@ EXTREMES: dict[str, tuple[Callable[[Thing], int], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One asked change: the task, the thing it is done to (index), and the new colour or kind where the task has one."""
+    """One asked change: the task, the thing it is done to (index), the new colour or kind where the task has one."""
 
     task: Task
     index: int
@@ -122,11 +126,20 @@ def references(scene: Scene, index: int, rng: random.Random) -> list[Reference]:
 
 def _say(change: Change, words: str, rng: random.Random) -> str:
     if change.task == "recolour":
-        forms = ("make {} {}", "turn {} {}", "paint {} {}", "change {} to {}", "change the color of {} to {}", "color {} {}")
+        forms = (
+            "make {} {}",
+            "turn {} {}",
+            "paint {} {}",
+            "change {} to {}",
+            "change the color of {} to {}",
+            "color {} {}",
+        )
         return rng.choice(forms).format(words, change.colour)
     if change.task == "replace":
         new = _article((f"{rng.choice(FILLERS)} " if rng.random() < 0.15 else "") + change.new)
-        return rng.choice(("replace {} with {}", "replace {} with {}", "swap {} for {}", "turn {} into {}")).format(words, new)
+        return rng.choice(("replace {} with {}", "replace {} with {}", "swap {} for {}", "turn {} into {}")).format(
+            words, new
+        )
     if change.task == "remove":
         return rng.choice(("remove {}", "remove {}", "delete {}", "erase {}", "take away {}")).format(words)
     return rng.choice(("keep {} unchanged", "leave {} as it is", "do not touch {}")).format(words)
@@ -154,7 +167,8 @@ def apply_changes(scene: Scene, changes: Sequence[Change]) -> Scene:
 def _reason(thing: Thing, reference: Reference, change: Change) -> str:
     is_a = f" That is {_article(reference.described)}." if reference.described else ""
     seen = ", ".join(f"{t.colour} {t.kind} {t.position}" for t in reference.candidates)
-    return f"Look for {reference.words}.{is_a} I see {seen}. It is the {thing.colour} {thing.kind} {thing.position}: {change.task} it."
+    it = f"{thing.colour} {thing.kind} {thing.position}"
+    return f"Look for {reference.words}.{is_a} I see {seen}. It is the {it}: {change.task} it."
 
 
 def make_item(rng: random.Random, scene: Scene, changes: Sequence[Change]) -> Item:
@@ -195,7 +209,7 @@ def everything_item(rng: random.Random, scene: Scene) -> Item:
 
 
 def random_item(rng: random.Random, scene: Scene | None = None) -> Item:
-    """An item over `scene` or a random one: mostly one change, sometimes two, one with a "keep", or one for everything."""
+    """An item over `scene` or a random one: mostly one change, sometimes two, a change and a keep, or one for all."""
     scene = scene or random_scene(rng)
     draw = rng.random()
     if draw < 0.04:

@@ -1,7 +1,7 @@
 """Scenes: a few everyday things on a shelf, a desk or a lawn, drawn antialiased from a seed.
 
-A scene is data (`Scene`); `draw` turns it into 96 x 96 pixels. Editing a scene and drawing it again gives the exact target
-picture of an edit. Things stand in the cells of a 3 x 3 grid, so no two of them share an image token of 16 pixels.
+A scene is data (`Scene`); `draw` turns it into 96 x 96 pixels. Editing a scene and drawing it again gives the exact
+target picture of an edit. Things stand in the cells of a 3 x 3 grid, so no two of them share an image token of 16 pixels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POSITIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: what it is, its colour, the cell it stands in, its height in pixels and its shift from the cell's middle."""
+    """One object: its kind and colour, the cell it stands in, its height and its shift from the cell's middle in pixels."""
 
     kind: str
     colour: str
@@ -74,11 +74,13 @@ class Scene:
     def swap(self, index: int, thing: Thing | None) -> Scene:
         """The scene with thing `index` replaced, or removed when `thing` is None."""
         rest = [t for i, t in enumerate(self.things) if i != index]
-        return replace(self, things=tuple(rest) if thing is None else (*self.things[:index], thing, *self.things[index + 1 :]))
+        return replace(
+            self, things=tuple(rest) if thing is None else (*self.things[:index], thing, *self.things[index + 1 :])
+        )
 
 
 class Pen:
-    """Draws in the unit square of one thing's box; `shade` 0 is the thing's colour, negative darker, positive lighter."""
+    """Draws in the unit square of one thing's box; `shade` 0 is the thing's colour, below 0 darker, above lighter."""
 
     def __init__(self, canvas: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
         self._canvas, self._box, self._colour = canvas, box, colour
@@ -96,10 +98,14 @@ class Pen:
     def polygon(self, *points: tuple[float, float], shade: float = 0, colour: Colour | None = None) -> None:
         self._canvas.polygon(self._points(points), fill=self.tone(shade, colour))
 
-    def ellipse(self, x0: float, y0: float, x1: float, y1: float, shade: float = 0, colour: Colour | None = None) -> None:
+    def ellipse(
+        self, x0: float, y0: float, x1: float, y1: float, shade: float = 0, colour: Colour | None = None
+    ) -> None:
         self._canvas.ellipse(self._span(x0, y0, x1, y1), fill=self.tone(shade, colour))
 
-    def rectangle(self, x0: float, y0: float, x1: float, y1: float, shade: float = 0, colour: Colour | None = None) -> None:
+    def rectangle(
+        self, x0: float, y0: float, x1: float, y1: float, shade: float = 0, colour: Colour | None = None
+    ) -> None:
         self._canvas.rectangle(self._span(x0, y0, x1, y1), fill=self.tone(shade, colour))
 
     def ring(self, x0: float, y0: float, x1: float, y1: float, width: float, shade: float = 0) -> None:
@@ -208,7 +214,9 @@ def _gradient(canvas: ImageDraw.ImageDraw, top: float, bottom: float, first: Col
     """Fill the rows between two heights (pixels of the picture) with a vertical gradient."""
     start, stop = round(top * OVERSAMPLE), round(bottom * OVERSAMPLE)
     for y in range(start, stop, OVERSAMPLE):
-        canvas.rectangle((0, y, SIZE.width * OVERSAMPLE, y + OVERSAMPLE), fill=_mix(first, last, (y - start) / (stop - start)))
+        canvas.rectangle(
+            (0, y, SIZE.width * OVERSAMPLE, y + OVERSAMPLE), fill=_mix(first, last, (y - start) / (stop - start))
+        )
 
 
 def _place(canvas: ImageDraw.ImageDraw, place: str, tint: float) -> None:

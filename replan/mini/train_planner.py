@@ -1,7 +1,7 @@
 """Trains the mini planner: a small Qwen3-VL that reads a scene and an instruction and answers in the plan grammar.
 
-Several questions about one picture are packed into one sequence, as the turns of one conversation, so that the picture is
-encoded once for all of them.
+Several questions about one picture are packed into one sequence, as the turns of one conversation, so that the picture
+is encoded once for all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,17 @@ SPECIALS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-PIECES = ("<think>", "</think>", "<gen_image>", "</gen_image>", "<region>", "</region>", '{"bbox_2d": [', '], "hint": "', '"}')
+PIECES = (
+    "<think>",
+    "</think>",
+    "<gen_image>",
+    "</gen_image>",
+    "<region>",
+    "</region>",
+    '{"bbox_2d": [',
+    '], "hint": "',
+    '"}',
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -53,7 +63,7 @@ def answer(plan: Plan) -> str:
 
 
 def train_tokenizer(vocabulary: int = 768) -> Tokenizer:
-    """A byte-level BPE in which every word and number of the mini world is one token, and any other text still encodes."""
+    """A byte-level BPE: every word and number of the mini world is one token, and any other text still encodes."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +81,10 @@ def train_tokenizer(vocabulary: int = 768) -> Tokenizer:
     tokenizer.add_special_tokens(list(SPECIALS))
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
@@ -91,7 +104,12 @@ def build_planner(tokenizer: Tokenizer) -> torch.nn.Module:
         "num_key_value_heads": 4,
         "head_dim": 48,
         "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [12, 6, 6], "mrope_interleaved": True},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "mrope_section": [12, 6, 6],
+            "mrope_interleaved": True,
+        },
         "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],

@@ -1,4 +1,4 @@
-"""The loop that trains every mini model: a budget in minutes, a cosine schedule, an average of the weights, resumable."""
+"""The loop that trains every mini model: a budget in minutes, a cosine schedule, averaged weights, resumable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How long and how fast. `minutes` is the whole budget, counted over restarts; rates are peaks of a cosine schedule."""
+    """How long and how fast. `minutes` is the whole budget over all restarts; rates are peaks of a cosine schedule."""
 
     minutes: float
     batch: int = 32
