@@ -138,12 +138,13 @@ def qwen_image_edit(folder: Path, kind: type[Any], *, zero_cond_t: bool = False)
 
 
 _QWEN_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
 
 def _qwen_tokenizer() -> Any:
-    """Byte-level BPE in which every word of the real template is one token, so that its prefix has the real 64 tokens."""
+    """Byte-level BPE with every word of the real template as one token, so that its prefix has the real 64 tokens."""
     from diffusers import QwenImageEditPipeline
     from tokenizers.models import BPE
     from transformers import AddedToken, Qwen2Tokenizer
@@ -165,7 +166,6 @@ def _qwen_tokenizer() -> Any:
 
 def _save_qwen(pipe: Any, tokenizer: Any, folder: Path) -> Path:
     """Save; the processor by its files, because its class cannot be built without torchvision."""
-    from transformers import AutoImageProcessor  # noqa: F401
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     pipe.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,12 @@ from replan.types import EditRequest, Grid, Plan, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+CONTROL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad", "endoftext")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,30 +196,27 @@ class QwenImageEdit:
 
         `vision` is the vision tower's output for the same pictures. The call has the stock pipeline's arguments.
         """
-        inputs = self._inputs(hint, pictures).to(self._device)
-        states = self.pipe.text_encoder(
+        encoder, inputs = self.pipe.text_encoder, self._inputs(hint, pictures).to(self._device)
+        known = inspect.signature(type(encoder).forward).parameters  # older transformers see the pictures once more
+        seen = (
+            {"mm_encoder_outputs": {"image": vision}}
+            if "mm_encoder_outputs" in known
+            else {"pixel_values": inputs["pixel_values"]}
+        )
+        states = encoder(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             image_grid_thw=inputs["image_grid_thw"],
-            mm_encoder_outputs={"image": vision},
             output_hidden_states=True,
+            **seen,
         ).hidden_states[-1]
         return states[:, self._vision_end(hint, pictures) :]
 
     def _refuse_control_tokens(self, text: str) -> None:
         """A prompt that spells a control token would be read as pictures or turns that are not there."""
-        for token in (
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|image_pad|>",
-            "<|video_pad|>",
-            "<|im_start|>",
-            "<|im_end|>",
-        ):
+        for token in CONTROL_TOKENS:
             if token in text:
-                raise PlanError(
-                    f"prompt {text!r}: holds {token}, which the text encoder takes for its own; leave it out"
-                )
+                raise PlanError(f"prompt {text!r}: the text encoder takes {token} for its own token; leave it out")
 
     def _guidance(self, config: EditConfig) -> dict[str, Tensor]:
         if not self.pipe.transformer.config.guidance_embeds:

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit-Plus (2509 and 2511): several pictures; the request's own comes first and is the one that is edited."""
+"""Qwen-Image-Edit-Plus (2509 and 2511): several pictures; the request's own comes first and is the one edited."""
 
 from __future__ import annotations
 
@@ -38,8 +38,5 @@ class QwenImageEditPlus(QwenImageEdit):
 
     def _picture_prompt(self, pictures: Pictures) -> str:
         """The stock pipeline numbers the pictures in the user's turn."""
-        marks = (
-            f"Picture {number}: <|vision_start|><|image_pad|><|vision_end|>"
-            for number in range(1, len(pictures.refs) + 1)
-        )
-        return "".join(marks)
+        numbers = range(1, len(pictures.refs) + 1)
+        return "".join(f"Picture {number}: <|vision_start|><|image_pad|><|vision_end|>" for number in numbers)
