@@ -65,7 +65,7 @@ class Box:
         return Box(int(self.left - dx), int(self.top - dy), int(self.right + dx), int(self.bottom + dy)).clip(size)
 
     def rescale(self, source: Size, target: Size) -> Box:
-        """Map from a picture of size `source` to one of size `target`, rounding outward with exact integer arithmetic."""
+        """Map from a picture of size `source` to one of size `target`; exact integers, rounded outward."""
         return Box(
             self.left * target.width // source.width,
             self.top * target.height // source.height,
@@ -92,7 +92,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where (box, optional point) and what (hint). A hint such as "keep this cup unchanged" makes it a negative region."""
+    """Where (box, optional point) and what (hint). "keep this cup unchanged" makes a negative region."""
 
     box: Box
     hint: str
@@ -132,7 +132,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
-    """A picture and an instruction. With `plan` given, planning is skipped: the plan edited by hand takes the same path.
+    """A picture and an instruction. A given `plan` skips planning: one edited by hand takes the same path.
 
     `extra_images` are further pictures to look at, for editors that take several; `image` is the one that is edited.
     """

@@ -1,7 +1,7 @@
 """Scenes: a few everyday things on a shelf, a desk or a lawn, drawn antialiased from a seed.
 
 A scene is data (`Scene`); `draw` turns it into 96 x 96 pixels. Editing a scene and drawing it again gives the exact
-target picture of an edit. Things stand in the cells of a 3 x 3 grid, so no two of them share an image token of 16 pixels.
+target picture of an edit. Things stand in the cells of a 3 x 3 grid: no two of them share an image token of 16 pixels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POSITIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: its kind and colour, the cell it stands in, its height and its shift from the cell's middle in pixels."""
+    """One object: its kind and colour, the cell it stands in, its height and its shift from the middle in pixels."""
 
     kind: str
     colour: str

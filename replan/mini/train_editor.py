@@ -36,7 +36,7 @@ CHANGED_WEIGHT = 4.0
 
 
 def pool_edit(scene_seed: int, edit: int) -> tuple[Scene, tuple[Change, ...], bool]:
-    """Scene, changes and whether everything is meant, for edit 0 .. EDITS-1 of a scene: a pure function of its arguments."""
+    """Scene, changes and whether everything is meant, for edit 0 .. EDITS-1 of a scene; a pure function."""
     rng = random.Random(scene_seed * EDITS + edit)
     scene = random_scene(random.Random(scene_seed), fewest=1 if scene_seed % 4 == 0 else 3)
     first = random_change(rng, scene, rng.randrange(len(scene.things)))
@@ -170,7 +170,7 @@ def image_ids(frame: int) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(vae: nn.Module, scenes: int, file: Path) -> tuple[Tensor, Tensor]:
-    """Scaled latents as float16 tokens: sources [scenes, 36, 64] and targets [scenes, EDITS, 36, 64], kept in `file`."""
+    """Scaled latents as float16 tokens: sources [scenes, 36, 64], targets [scenes, EDITS, 36, 64], kept in `file`."""
     if not file.exists():
         scale, shift = vae.config.scaling_factor, vae.config.shift_factor
         vae = vae.to(memory_format=torch.channels_last)
