@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from replan.backbones.base import Backbone, Conditioning, EditConfig
 from replan.backbones.runtime import Runtime, guard
 from replan.config import load, nearest
 from replan.errors import BackboneError, ConfigError
+from replan.types import Grid, Size
 
 __all__ = [
     "BACKBONES",
@@ -22,6 +24,7 @@ __all__ = [
     "default_config",
     "find",
     "load_backbone",
+    "token_grid",
 ]
 
 
@@ -90,8 +93,29 @@ def load_backbone(name: str, runtime: Runtime) -> Backbone:
     return kind.load(weights, runtime)
 
 
-def _pipeline_class(weights: str) -> str:
-    from diffusers import DiffusionPipeline
+def token_grid(name: str, source: Size, config: EditConfig) -> Grid:
+    """The grid of image tokens in which a picture of size `source` is edited; loads no weights. Raises as `find`."""
+    row, weights = find(name)
+    module: Any = importlib.import_module(f"replan.backbones.{row.module}")
+    token = _token_pixels(Path(weights))
+    size: Size = module.frame(source, config, token)
+    return Grid(size.width // token, size.height // token)
 
-    index = guard(f"model {weights}", lambda: DiffusionPipeline.load_config(weights))
+
+def _token_pixels(weights: Path) -> int:
+    """Pixels that one token covers each way: the VAE's factor (a folder's own config tells) times the 2x2 packing."""
+    try:
+        vae = json.loads((weights / "vae" / "config.json").read_text(encoding="utf-8"))
+        halvings = (
+            len(vae["temperal_downsample"]) if "temperal_downsample" in vae else len(vae["block_out_channels"]) - 1
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return 16  # every published model of these classes
+    return 2 * 2**halvings
+
+
+def _pipeline_class(weights: str) -> str:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    index = dict(guard(f"model {weights}", lambda: DiffusionPipeline.load_config(weights)))
     return str(index.get("_class_name"))

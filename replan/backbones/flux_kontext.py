@@ -40,7 +40,7 @@ class FluxKontext:
     @classmethod
     def load(cls, weights: str, runtime: Runtime) -> FluxKontext:
         """From a hub id or a folder. Raises BackboneError, ConfigError."""
-        from diffusers import FluxKontextPipeline
+        from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 
         return cls(load_pipeline(FluxKontextPipeline, weights, runtime, ("text_encoder_2",)), runtime.attention)
 
@@ -49,11 +49,14 @@ class FluxKontext:
         """Encode picture, prompt and hints; see Backbone."""
         if config.max_sequence_length > MAX_TOKENS:
             raise ConfigError(f"max_sequence_length = {config.max_sequence_length}: Flux takes at most {MAX_TOKENS}")
+        if request.extra_images:
+            count = len(request.extra_images)
+            raise ConfigError(f"{count} extra pictures: Flux Kontext takes one; use qwen-image-edit-plus for several")
         image = request.image.convert("RGB")
         source = Size(*image.size)
         prompt, boxes, hints = regions(plan, source)
         prompt = request.instruction if prompt is None else prompt
-        picture, grid = self._picture(image, self._frame(source, config))
+        picture, grid = self._picture(image, frame(source, config, self._token))
         picture |= self._guidance(config)
         text, counts, pads = self._text(prompt, hints, config)
         layout = TokenLayout(0, config.max_sequence_length, counts, grid, (grid,), hint_pads=pads)
@@ -115,18 +118,6 @@ class FluxKontext:
 
     def _size(self, grid: Grid) -> Size:
         return Size(grid.columns * self._token, grid.rows * self._token)
-
-    def _frame(self, source: Size, config: EditConfig) -> Size:
-        """The size to work at: the nearest trained aspect, or `max_area` at the picture's own aspect."""
-        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-
-        aspect = source.width / source.height
-        if config.auto_resize:
-            _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-        else:
-            width, height = round((config.max_area * aspect) ** 0.5), round((config.max_area / aspect) ** 0.5)
-        step = self._token
-        return Size(max(width // step, 1) * step, max(height // step, 1) * step)
 
     def _picture(self, image: Image, size: Size) -> tuple[dict[str, Tensor], Grid]:
         """Reference tokens [1, P, C] and the position ids of noise and reference [2P, 3]."""
@@ -197,3 +188,15 @@ class FluxKontext:
             return out[:, : x.shape[1]]
 
         return velocity
+
+
+def frame(source: Size, config: EditConfig, token: int) -> Size:
+    """The size to work at: the nearest trained aspect, or `max_area` at the picture's own; in whole tokens."""
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    aspect = source.width / source.height
+    if config.auto_resize:
+        _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    else:
+        width, height = round((config.max_area * aspect) ** 0.5), round((config.max_area / aspect) ** 0.5)
+    return Size(max(width // token, 1) * token, max(height // token, 1) * token)

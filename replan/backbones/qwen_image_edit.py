@@ -250,7 +250,12 @@ class QwenImageEdit:
         return velocity
 
 
-def fitted(image: Image, area: int) -> Size:
+def frame(source: Size, config: EditConfig, token: int) -> Size:
+    """The size to work at; the stock rule holds for every `token`."""
+    return fitted(source, config.max_area)
+
+
+def fitted(image: Image | Size, area: int) -> Size:
     """The stock pipelines' size for a picture: `area` pixels at its own aspect, sides in multiples of 32."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from replan.backbones.base import EditConfig
-from replan.backbones.qwen_image_edit import Pictures, QwenImageEdit, fitted
+from replan.backbones.qwen_image_edit import Pictures, QwenImageEdit, fitted, frame
+
+__all__ = ["QwenImageEditPlus", "frame"]
 
 if TYPE_CHECKING:
     from PIL.Image import Image
