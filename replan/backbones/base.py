@@ -140,15 +140,15 @@ def schedule(scheduler: Any, steps: int, tokens: int) -> Tensor:
     """
     import numpy as np
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("stochastic_sampling"):
         raise BackboneError(
             f"scheduler {type(scheduler).__name__}: only a deterministic FlowMatchEulerDiscreteScheduler can be run; "
             "put one in the model's scheduler folder"
         )
-    own = type(scheduler).from_config(scheduler.config)
+    own: Any = type(scheduler).from_config(scheduler.config)
     mu = calculate_shift(
         tokens,
         own.config.get("base_image_seq_len", 256),

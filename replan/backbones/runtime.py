@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,30 +149,24 @@ def _lora_parts(source: str) -> tuple[str, str | None]:
 def _quantization(name: str, parts: Sequence[str], dtype: torch.dtype) -> Any:
     """diffusers' quantisation of the named parts. Raises ConfigError when the library is missing."""
     package = "bitsandbytes" if name in ("nf4", "bnb-int8") else "torchao"
-    try:
-        __import__(package)
-    except ImportError as error:
-        raise ConfigError(f"quantize = {name}: needs {package}; pip install 'replan[gpu]'") from error
-    from diffusers.quantizers import PipelineQuantizationConfig
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"quantize = {name}: needs {package}; pip install 'replan[gpu]'")
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
-    if name == "nf4":
-        return PipelineQuantizationConfig(
-            quant_backend="bitsandbytes_4bit",
-            quant_kwargs={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
-            components_to_quantize=list(parts),
-        )
-    if name == "bnb-int8":
-        return PipelineQuantizationConfig(
-            quant_backend="bitsandbytes_8bit", quant_kwargs={"load_in_8bit": True}, components_to_quantize=list(parts)
-        )
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig
-    from transformers import TorchAoConfig as TextTorchAoConfig
+    how: dict[str, Any]
+    if package == "bitsandbytes":
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        how = four if name == "nf4" else {"load_in_8bit": True}
+        backend = "bitsandbytes_4bit" if name == "nf4" else "bitsandbytes_8bit"
+        return PipelineQuantizationConfig(quant_backend=backend, quant_kwargs=how, components_to_quantize=list(parts))
+    import transformers
+    from diffusers.quantizers import quantization_config as ours
 
-    how = Int8WeightOnlyConfig() if name == "int8" else Float8DynamicActivationFloat8WeightConfig()
-    # the two libraries' classes are not the same one: the transformer takes diffusers', the text encoders transformers'
-    mapping = {part: TorchAoConfig(how) if part == "transformer" else TextTorchAoConfig(how) for part in parts}
-    return PipelineQuantizationConfig(quant_mapping=mapping)
+    library: Any = importlib.import_module("torchao.quantization")
+    kind = library.Int8WeightOnlyConfig if name == "int8" else library.Float8DynamicActivationFloat8WeightConfig
+    # two classes of one name: the transformer takes diffusers', the text encoders take transformers'
+    how = {part: (ours if part == "transformer" else transformers).TorchAoConfig(kind()) for part in parts}
+    return PipelineQuantizationConfig(quant_mapping=how)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
