@@ -44,15 +44,16 @@ def flux_kontext(folder: Path, *, blocks: int = 2, guidance: bool = True) -> Pat
     return _save(pipe, folder)
 
 
-def lora(folder: Path, model: Path, pipeline: type[Any], names: tuple[str, ...] = ("to_q", "to_k")) -> Path:
+def lora(folder: Path, model: Path, pipeline: type[Any], **parts: Any) -> Path:
     """A random LoRA on the transformer's attention, saved by the pipeline's own method. Returns its folder."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe = pipeline.from_pretrained(model)
+    pipe = pipeline.from_pretrained(model, **parts)
+    names = ["to_q", "to_k"]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=list(names)))
+        pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=names))
         for parameter in pipe.transformer.parameters():
             if parameter.requires_grad:  # peft's random start is far too gentle to be seen in a tiny model
                 torch.nn.init.normal_(parameter, std=0.5)

@@ -156,7 +156,8 @@ def schedule(scheduler: Any, steps: int, tokens: int) -> Tensor:
         own.config.get("base_shift", 0.5),
         own.config.get("max_shift", 1.15),
     )
-    own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device="cpu", mu=mu)
+    with np.errstate(invalid="ignore", divide="ignore"):  # the check below says it better
+        own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device="cpu", mu=mu)
     if not torch.isfinite(own.sigmas).all():
         raise ConfigError(f"steps = {steps}: too few for this model's scheduler (shift_terminal); use 2 or more")
     return own.sigmas

@@ -196,6 +196,7 @@ def frame(source: Size, config: EditConfig, token: int) -> Size:
 
     aspect = source.width / source.height
     if config.auto_resize:
+        aspect = max(source.width // token, 1) / max(source.height // token, 1)  # as the stock pipeline reckons it
         _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
     else:
         width, height = round((config.max_area * aspect) ** 0.5), round((config.max_area / aspect) ** 0.5)
