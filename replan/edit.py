@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from replan.backbones import Backbone, EditConfig, Runtime, default_config, load_backbone
 from replan.errors import ConfigError, PlanError
+from replan.plan import AnswerError
 from replan.types import Box, Edit, EditRequest, Plan, Size
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Editor:
                 raise
             note = f"planning failed, the whole picture is edited by the bare instruction: {error}"
             log.warning(note)
-            raw = getattr(error, "raw", "") or ""
+            raw = error.raw if isinstance(error, AnswerError) else ""
             return Plan("", request.instruction, (), Size(*request.image.size), (note,), raw), (note,)
         for note in plan.notes:
             log.info("plan: %s", note)

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers.utils import is_torchvision_available
 
 from replan.backbones import BACKBONES, default_config, find, load_backbone
 from replan.backbones.base import EditConfig, schedule
@@ -45,13 +46,13 @@ def picture(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
 
 def apart(one: Any, other: Any) -> float:
     """The largest difference; nan counts."""
-    return float(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).max())
+    return float((one.double() - other.double()).abs().max())
 
 
 def stock(kind: str, folder: Path, config: EditConfig, *, lora: Path | None = None, **arguments: Any) -> Any:
     """The latents of the stock pipeline's own __call__."""
-    parts: dict[str, Any] = {}
-    if kind != "FluxKontextPipeline" and importlib.util.find_spec("torchvision") is None:
+    parts: dict[str, Any] = {"dtype": arguments.pop("dtype", torch.float32)}
+    if kind != "FluxKontextPipeline" and not is_torchvision_available():
         parts["processor"] = picture_processor(str(folder))
     pipe = getattr(diffusers, kind).from_pretrained(folder, **parts)
     if lora is not None:
@@ -144,6 +145,18 @@ def test_plus_equals_stock(plus_folder: Path, count: int) -> None:
     images = [picture(90, 60), picture(40, 60, 1), picture(50, 50, 2)][:count]
     backbone = QwenImageEditPlus.load(str(plus_folder), CPU)
     assert apart(own(backbone, QWEN, images), stock_plus(plus_folder, images)) == 0.0
+
+
+@pytest.mark.usefixtures("small_qwen")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_equal_to_stock_in_half_precision(flux_folder: Path, qwen_folder: Path, dtype: str) -> None:
+    runtime, kind = Runtime(device="cpu", dtype=dtype), getattr(torch, dtype)
+    flux, qwen = FluxKontext.load(str(flux_folder), runtime), QwenImageEdit.load(str(qwen_folder), runtime)
+    got = own(flux, FLUX, [picture()])
+    assert got.dtype == kind
+    assert apart(got, stock_flux(flux_folder, FLUX, picture(), dtype=kind)) == 0.0
+    expected = stock("QwenImageEditPipeline", qwen_folder, QWEN, image=picture(), dtype=kind)
+    assert apart(own(qwen, QWEN, [picture()]), expected) == 0.0
 
 
 @pytest.mark.usefixtures("small_qwen")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,9 +52,10 @@ class QwenImageEdit:
     def load(cls, weights: str, runtime: Runtime) -> QwenImageEdit:
         """From a hub id or a folder. Raises BackboneError, ConfigError."""
         import diffusers
+        from transformers.utils.import_utils import is_torchvision_available
 
         # without torchvision transformers cannot build the processor's video half, which nothing here uses
-        parts = {} if importlib.util.find_spec("torchvision") else {"processor": picture_processor(weights)}
+        parts = {} if is_torchvision_available() else {"processor": picture_processor(weights)}
         pipe = load_pipeline(getattr(diffusers, cls.stock), weights, runtime, ("text_encoder",), **parts)
         return cls(pipe, runtime.attention)
 
@@ -265,16 +265,9 @@ def fitted(image: Image | Size, area: int) -> Size:
 
 def picture_processor(weights: str) -> Any:
     """The model's processor without its video half. Raises BackboneError when it cannot be loaded."""
-    from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
+    from transformers import Qwen2VLProcessor
 
-    class PictureProcessor(Qwen2VLProcessor):
-        """For pictures only."""
+    from replan.planner.processor import image_only
 
-        def __init__(self, image_processor: Any, tokenizer: Any) -> None:
-            super().__init__(image_processor, tokenizer, None)
-
-    def load() -> Any:
-        parts = (kind.from_pretrained(weights, subfolder="processor") for kind in (AutoImageProcessor, AutoTokenizer))
-        return PictureProcessor(*parts)
-
-    return guard(f"model {weights}: processor", load)
+    what = f"model {weights}: processor"
+    return guard(what, lambda: image_only(Qwen2VLProcessor).from_pretrained(weights, subfolder="processor"))
