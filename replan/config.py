@@ -34,9 +34,9 @@ def load(kind: type[T], source: Source, overrides: Sequence[Override] = (), over
     (c is a YAML scalar) or an `("a.b", value)` pair.
     Raises ConfigError, which lists every unknown, missing or mistyped key, or names the unreadable file.
     """
-    values = _read(source)
+    values = read(source)
     for layer in over:
-        values = _merge(values, _read(layer))
+        values = _merge(values, read(layer))
     for override in overrides:
         key, value = split(override) if isinstance(override, str) else override
         values = _put(values, key, value)
@@ -139,7 +139,8 @@ def _loader() -> type[Any]:
     return Loader
 
 
-def _read(source: Source) -> dict[str, Any]:
+def read(source: Source) -> dict[str, Any]:
+    """The plain values of a source, unchecked. Raises ConfigError when it cannot be read or is no mapping."""
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)

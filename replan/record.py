@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replan import __version__, config, plan
-from replan.errors import ConfigError, PlanError, ReplanError
+from replan.errors import ConfigError, PlanError
+from replan.images import write_atomic
 from replan.types import Edit, Plan, Size
 
 if TYPE_CHECKING:
     from replan.backbones.base import EditConfig
     from replan.backbones.runtime import Runtime
+    from replan.edit import Editor
+    from replan.planner import PlannerConfig
 
 FORMAT = 1
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "pillow")
@@ -37,9 +40,21 @@ class Setup:
     planner: str | None
     config: EditConfig
     runtime: Runtime
-    prompt_template: str | None = None
+    planner_config: PlannerConfig
     baseline: bool = False
     strict: bool = False
+
+    def open(self) -> Editor:
+        """An editor for this setup; it loads its models when they are first used."""
+        from replan.edit import Editor
+
+        return Editor.load(
+            self.backbone,
+            self.planner,
+            config=self.config,
+            runtime=self.runtime,
+            planner_config=self.planner_config,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The sidecar. `raw` is the planner's answer word for word; `seed` is the request's, of several the first one's."""
+    """The sidecar. `plan` holds the planner's answer word for word; `also` are further pictures that the editor saw."""
 
     format: int
     image: File
@@ -69,32 +84,32 @@ class Record:
     seed: int
     backbone: str
     planner: str | None
-    prompt_template: str | None
     baseline: bool
     strict: bool
     plan: Mapping[str, Any] | None
-    raw: str
     notes: tuple[str, ...]
     timings: Mapping[str, float]
     config: Mapping[str, Any]
     runtime: Mapping[str, Any]
+    planner_config: Mapping[str, Any]
     versions: Mapping[str, str]
     command: tuple[str, ...]
+    also: tuple[File, ...] = ()
     candidate: Candidate | None = None
     job: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def setup(self, overrides: tuple[config.Override, ...] = (), over: tuple[config.Source, ...] = ()) -> Setup:
-        """The recorded setup, with changes laid on its config."""
+    def setup(self) -> Setup:
+        """The setup of the recorded run."""
         from replan.backbones.base import EditConfig
         from replan.backbones.runtime import Runtime
+        from replan.planner import PlannerConfig
 
         return Setup(
             self.backbone,
             self.planner,
-            config.load(EditConfig, self.config, overrides, over),
+            config.load(EditConfig, self.config),
             config.load(Runtime, self.runtime),
-            self.prompt_template,
+            config.load(PlannerConfig, self.planner_config),
             self.baseline,
             self.strict,
         )
@@ -110,15 +125,14 @@ def record(edit: Edit, setup: Setup, image: Path, result: Path, **more: Any) -> 
         "seed": edit.request.seed,
         "backbone": setup.backbone,
         "planner": setup.planner,
-        "prompt_template": setup.prompt_template,
         "baseline": setup.baseline,
         "strict": setup.strict,
         "plan": None if edit.plan is None else plan.to_json(edit.plan),
-        "raw": "" if edit.plan is None else edit.plan.raw,
         "notes": edit.notes,
         "timings": {stage: round(seconds, 4) for stage, seconds in edit.timings.items()},
         "config": config.dump(setup.config),
         "runtime": config.dump(setup.runtime),
+        "planner_config": config.dump(setup.planner_config),
         "versions": versions(),
         "command": (),
     }
@@ -146,16 +160,17 @@ def read_plan(source: Path | Mapping[str, Any], size: Size) -> Plan:
 
     A plan of another size is rescaled with a note when the two pictures have the same shape.
     """
-    name = str(source) if isinstance(source, Path) else "plan"
     try:
-        found = plan.from_json(_plan_object(source) if isinstance(source, Path) else source)
-    except PlanFileError:
-        raise
-    except ReplanError as error:
-        raise PlanFileError(f"{name}: {error}") from error
+        inner = _sidecar_plan(source) if isinstance(source, Path) else source
+        found = (
+            plan.read_plan(source, size) if inner is None and isinstance(source, Path) else plan.from_json(inner, size)
+        )
+    except PlanError as error:
+        raise PlanFileError(str(error)) from error
     if found.size == size:
         return found
     if not _same_shape(found.size, size):
+        name = str(source) if isinstance(source, Path) else "plan"
         raise PlanFileError(
             f"{name}: was made for a picture of {found.size.width}x{found.size.height}, this one has "
             f"{size.width}x{size.height} and another shape; plan this picture anew with `replan plan`"
@@ -165,20 +180,22 @@ def read_plan(source: Path | Mapping[str, Any], size: Size) -> Plan:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON so that the file is there whole or not at all. Raises OSError."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write JSON so that the file is there whole or not at all. Raises ImageError."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write(found: Record, path: Path) -> None:
-    """Write a sidecar, whole or not at all. Raises OSError."""
+    """Write a sidecar, whole or not at all. Raises ImageError."""
     write_json(config.dump(found), path)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether this error, or what caused it, is that nothing more can be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
 
 def sha256(path: Path) -> str:
@@ -212,17 +229,14 @@ def git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _plan_object(path: Path) -> Mapping[str, Any]:
+def _sidecar_plan(path: Path) -> Mapping[str, Any] | None:
+    """The plan inside a sidecar, or inside a line of `replan plan --candidates`; None if the file is neither."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise PlanFileError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise PlanFileError(f"{path}: not a plan file: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise PlanFileError(f"{path}: not a plan file: holds a {type(found).__name__}, not an object")
-    inner = found.get("plan")  # a sidecar carries its plan under this key
-    return inner if isinstance(inner, dict) else found
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # read_plan says what is wrong with it
+    inner = found.get("plan") if isinstance(found, dict) else None
+    return inner if isinstance(inner, dict) else None
 
 
 def _same_shape(one: Size, other: Size) -> bool:

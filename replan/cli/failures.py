@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from replan.cli.console import say
 from replan.errors import ConfigError, ImageError, ReplanError
 
 OURS, USERS, INTERRUPTED = 1, 2, 130
 _PATH_MISTAKES = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG
 )  # fmt: skip
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -35,28 +34,19 @@ def reported(debug: bool = False) -> Iterator[None]:
 
 def explain(error: Exception) -> tuple[int, str] | None:
     """Exit code and message of an error that we can explain; None for a bug, whose traceback must be seen."""
-    from replan.record import PlanFileError  # pulls in the plan grammar, which --help does not need
+    from replan.record import PlanFileError, disk_full  # pulls in the plan grammar, which --help does not need
 
+    if disk_full(error):
+        return OURS, f"{error}; what was finished is kept"
     if isinstance(error, ConfigError | ImageError | PlanFileError):
         return USERS, str(error)
     if isinstance(error, ReplanError):
         return OURS, str(error)
     if isinstance(error, BrokenPipeError):
         return None
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return OURS, f"{_place(error)}the disk is full; what was finished is kept"
     if isinstance(error, OSError) and error.errno in _PATH_MISTAKES and error.filename is not None:
-        return USERS, f"{_place(error)}{error.strerror}"
+        return USERS, f"{error.filename}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's own, named so as not to import torch here
         first = str(error).splitlines()[0]
         return OURS, f"{first}\nTry --offload model, --offload sequential, --quantize nf4 or a smaller --backbone."
     return None
-
-
-def say(line: str) -> None:
-    """One plain line on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _place(error: OSError) -> str:
-    return f"{error.filename}: " if error.filename else ""

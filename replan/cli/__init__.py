@@ -1,0 +1,57 @@
+"""The command line: `replan VERB`. Each verb imports its stage when it runs, so that --help is immediate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from replan.cli import doctor, edit, plan, session
+from replan.cli.failures import reported
+
+HELP = """Edit pictures by instruction: plan first, then edit each region by its own hint.
+
+replan edit photo.png "make the left cup red" -o out.png
+
+Results go to stdout (JSON, or the paths of what was written), log and progress to stderr.
+Exit codes: 0 done, 1 our failure, 2 a mistake in the command or its files, 130 interrupted.
+"""
+
+
+class Verbs(TyperGroup):
+    """Turns the errors of every verb into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported(debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Verbs, help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+@app.callback()
+def top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    from replan.cli.console import out, start_log
+
+    if version:
+        from replan import __version__
+
+        out(__version__)
+        raise typer.Exit
+    start_log()
+
+
+for verb in (plan.plan, plan.mask, edit.edit, session.session, doctor.doctor):
+    app.command(help=verb.__doc__)(verb)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,59 @@
+"""`replan train`: train the models that ship with the package, or better ones, on your own machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+train = typer.Typer(help="Train the mini models. A run that was stopped goes on where it was.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where state and result go; an old run there goes on.")]
+BATCH = "Pictures per step."
+LR = "Peak learning rate."
+
+
+@train.command("mini-planner")
+def mini_planner(
+    folder: Folder,
+    minutes: Annotated[float, typer.Option(min=0, help="Budget over all restarts.")] = 105,
+    batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 8,
+    lr: Annotated[float, typer.Option(min=0, help=LR)] = 2e-3,
+) -> None:
+    """Train the mini planner, a small Qwen3-VL; the result is FOLDER/planner.
+
+    [bold]Example[/bold]
+      [cyan]OMP_NUM_THREADS=1 replan train mini-planner runs/planner --minutes 105[/cyan]
+      [cyan]replan plan picture.png "..." --planner runs/planner/planner[/cyan]
+    """
+    from replan.cli.console import out
+    from replan.mini.train_planner import train_planner
+    from replan.mini.training import TrainConfig
+
+    train_planner(folder, TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250))
+    out(str(folder / "planner"))
+
+
+@train.command("mini-editor")
+def mini_editor(
+    folder: Folder,
+    minutes: Annotated[float, typer.Option(min=0, help="Budget of the transformer over all restarts.")] = 88,
+    vae_minutes: Annotated[float, typer.Option(min=0, help="Budget of the autoencoder.")] = 15,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes in the pool of encoded pictures.")] = 8000,
+    batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 32,
+    lr: Annotated[float, typer.Option(min=0, help=LR)] = 1.5e-3,
+) -> None:
+    """Train the mini editor, a small Flux Kontext, and its autoencoder; the result is FOLDER/editor.
+
+    [bold]Example[/bold]
+      [cyan]OMP_NUM_THREADS=2 replan train mini-editor runs/editor[/cyan]
+      [cyan]replan edit picture.png "..." --backbone runs/editor/editor --config mini[/cyan]
+    """
+    from replan.cli.console import out
+    from replan.mini.train_editor import train_editor
+    from replan.mini.training import TrainConfig
+
+    config = TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=500)
+    train_editor(folder, config, vae_minutes, scenes)
+    out(str(folder / "editor"))
