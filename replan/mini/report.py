@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from replan.errors import PlanError
+from replan.errors import ConfigError, PlanError
 from replan.mini.instructions import Item, random_item
 from replan.mini.judge import MiniVerdict, judge
 from replan.mini.scenes import draw
 from replan.types import EditRequest, Plan
+
+if TYPE_CHECKING:
+    from replan.edit import Editor
+    from replan.rules import MaskConfig
 
 SPLITS = {"dev": 1 << 40, "test": 1 << 41}  # first seed; training uses small ones
 
@@ -74,3 +79,58 @@ def score_edits(verdicts: Sequence[MiniVerdict]) -> Mapping[str, Rate]:
 def run(todo: Sequence[Item], edit: Callable[[Item], Image.Image]) -> list[MiniVerdict]:
     """Edit and judge every item."""
     return [judge(item, edit(item)) for item in todo]
+
+
+def measure(editor: Editor, todo: Sequence[Item], paper: MaskConfig) -> Mapping[str, Mapping[str, Rate]]:
+    """Every table of the report: the planner's rates, and the judge's columns for four ways to edit.
+
+    `paper` are the published attention rules; the editor's own configuration is the one it would use anyway.
+    """
+    planned = plan_all(editor, [request(item) for item in todo])
+    plans = {id(item): plan for item, plan in zip(todo, planned, strict=True)}
+    own = editor.config
+    tables: dict[str, Mapping[str, Rate]] = {"planner": score_plans(list(zip(todo, planned, strict=True)))}
+
+    def end_to_end(item: Item) -> Image.Image:
+        plan = plans[id(item)]
+        if isinstance(plan, PlanError):  # as the editor does it: the bare instruction
+            return editor.baseline(request(item)).image
+        return editor(replace(request(item), plan=plan)).image
+
+    tables["base editor, bare instruction"] = score_edits(run(todo, lambda item: editor.baseline(request(item)).image))
+    editor.config = replace(own, mask=paper)
+    tables["exact plan, the paper's rules"] = score_edits(run(todo, lambda i: editor(request(i, planned=True)).image))
+    editor.config = own
+    tables["exact plan"] = score_edits(run(todo, lambda item: editor(request(item, planned=True)).image))
+    tables["end to end"] = score_edits(run(todo, end_to_end))
+    return tables
+
+
+def plan_all(editor: Editor, requests: Sequence[EditRequest], batch: int = 16) -> list[Plan | PlanError]:
+    """Plans of many requests, in batches; a bad answer stands in its own place as its error."""
+    planner = editor.planner
+    if planner is None:
+        raise ConfigError("this editor has no planner")
+    found: list[Plan | PlanError] = []
+    for start in range(0, len(requests), batch):
+        found += planner.plan_many(requests[start : start + batch])
+    return found
+
+
+def render_markdown(tables: Mapping[str, Mapping[str, Rate]]) -> str:
+    """The report as Markdown: means with 95 % intervals."""
+    planner = tables["planner"]
+    lines = [
+        f"Planner on {next(iter(planner.values())).count} held-out items:",
+        "",
+        "| measure | mean | 95 % |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {r.mean:.3f} | {r.low:.3f} to {r.high:.3f} |" for name, r in planner.items()]
+    rows = {name: table for name, table in tables.items() if name != "planner"}
+    columns = list(next(iter(rows.values())))
+    lines += ["", "| edited by | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, table in rows.items():
+        cells = [f"{table[c].mean:.2f} ({table[c].low:.2f} to {table[c].high:.2f})" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

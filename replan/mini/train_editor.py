@@ -263,7 +263,7 @@ def save_editor(editor: Editor, vae: nn.Module, tokenizers: tuple, folder: Path)
     pipeline.to(torch.float32)
 
 
-def train_editor(folder: Path, config: TrainConfig, vae_minutes: float = 15, scenes: int = 16_000) -> Editor:
+def train_editor(folder: Path, config: TrainConfig, vae_minutes: float = 15, scenes: int = 8_000) -> Editor:
     """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`."""
     from diffusers import AutoencoderKL
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from replan.mini.instructions import Item, random_item
-from replan.mini.scenes import SIZE, draw, random_scene
+from replan.mini.instructions import random_item
+from replan.mini.scenes import SIZE, Scene, draw, random_scene
 from replan.mini.training import TrainConfig, fit
 from replan.types import Plan
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 PATCH, MERGE, FRAMES = 8, 2, 2
 IMAGE_TOKENS = SIZE.width * SIZE.height // (PATCH * MERGE) ** 2
-TURNS = 4
+TURNS = 3  # instructions per picture, beside one question for everything in it
+LIST_ALL = "list everything"
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -60,6 +61,12 @@ def answer(plan: Plan) -> str:
     """The plan as the planner says it."""
     regions = [{"bbox_2d": list(r.box.as_tuple()), "hint": r.hint} for r in plan.regions]
     return f"<think>{plan.reasoning}</think><gen_image>{plan.prompt}</gen_image><region>{json.dumps(regions)}</region>"
+
+
+def listing(scene: Scene) -> str:
+    """Everything in a scene with its box: teaches to see, and where, with every picture."""
+    boxes = ((thing, json.dumps(list(thing.box.as_tuple()))) for thing in scene.things)
+    return ", ".join(f"{thing.colour} {thing.kind} {thing.position} {box}" for thing, box in boxes)
 
 
 def train_tokenizer(vocabulary: int = 768) -> Tokenizer:
@@ -158,13 +165,13 @@ class Conversations:
         self._head = self._encode("<|im_start|>user\n<|vision_start|>")
         self._head += [self._image] * IMAGE_TOKENS + self._encode("<|vision_end|>")
 
-    def pack(self, items: Sequence[Item]) -> tuple[list[int], list[int]]:
-        """Token ids and labels (-100 where nothing is learnt) of one conversation."""
+    def pack(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids and labels (-100 where nothing is learnt) of one conversation of (question, answer) turns."""
         ids, labels = list[int](), list[int]()
-        for turn, item in enumerate(items):
+        for turn, (asked, answered) in enumerate(turns):
             head = self._head if turn == 0 else self._encode("\n<|im_start|>user\n")
-            question = [*head, *self._encode(item.instruction + "<|im_end|>\n<|im_start|>assistant\n")]
-            reply = self._encode(answer(item.plan) + "<|im_end|>")
+            question = [*head, *self._encode(asked + "<|im_end|>\n<|im_start|>assistant\n")]
+            reply = self._encode(answered + "<|im_end|>")
             ids += question + reply
             labels += [-100] * len(question) + reply
         return ids, labels
@@ -176,7 +183,9 @@ class Conversations:
             rng = random.Random(seed)
             scene = random_scene(rng)
             pictures.append(np.asarray(draw(scene)))
-            packed.append(self.pack([random_item(rng, scene) for _ in range(TURNS)]))
+            turns = [(item.instruction, answer(item.plan)) for item in (random_item(rng, scene) for _ in range(TURNS))]
+            turns.insert(rng.randint(0, TURNS), (LIST_ALL, listing(scene)))
+            packed.append(self.pack(turns))
         length = max(len(ids) for ids, _ in packed)
         ids = torch.tensor([ids + [self._pad] * (length - len(ids)) for ids, _ in packed])
         grid = [1, SIZE.height // PATCH, SIZE.width // PATCH]

@@ -68,7 +68,7 @@ def test_answers_survive_the_tokenizer_and_the_parser(tokenizer):
 
 def test_only_answers_are_learnt(tokenizer):
     items = [random_item(random.Random(seed)) for seed in range(3)]
-    ids, labels = Conversations(tokenizer).pack(items)
+    ids, labels = Conversations(tokenizer).pack([(item.instruction, answer(item.plan)) for item in items])
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert learnt == [label for label in labels if label != -100]
     expected = "".join(answer(item.plan) + "<|im_end|>" for item in items)
