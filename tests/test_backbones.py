@@ -255,8 +255,10 @@ def test_runtimes_that_cannot_be(flux_folder: Path, monkeypatch: pytest.MonkeyPa
     found = importlib.util.find_spec
     missing = ("torchao", "bitsandbytes")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in missing else found(name, *a))
-    for quantize in ("int8", "fp8", "nf4", "bnb-int8"):
-        with pytest.raises(ConfigError, match=r"pip install 'replan\[gpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'replan\[gpu\]'"):
+        load_backbone(str(flux_folder), Runtime(device="cpu", quantize="int8"))
+    for quantize in ("fp8", "nf4", "bnb-int8"):
+        with pytest.raises(ConfigError, match="needs a CUDA device"):
             load_backbone(str(flux_folder), Runtime(device="cpu", quantize=quantize))
 
 

@@ -111,7 +111,7 @@ def test_qwen_layout_and_hints(qwen: QwenImageEdit) -> None:
     text = cond.tensors["text"]
     assert text.shape[1] == cond.layout.text_length
     for hint, rows in zip(HINTS, cond.layout.hint_slices, strict=True):
-        # the definition: encode like a prompt, cut the picture out, drop the template's prefix (encode_prompt does that)
+        # the definition: encode like a prompt, cut the picture out, drop the prefix (encode_prompt does that)
         alone = qwen.pipe.encode_prompt(hint, image=processed)[0][:, cond.layout.vision :]
         assert apart(text[:, rows], alone) == 0.0
     assert cond.negative is not None

@@ -29,7 +29,7 @@ class Runtime:
     device    auto (cuda, else mps, else cpu), or one of them, or cuda:1
     dtype     auto (bfloat16 on an accelerator, float32 on a CPU) or its name
     offload   none; model: one part at a time on the accelerator; group: one layer group; sequential: one layer
-    quantize  int8 or fp8 weights (torchao), nf4 or bnb-int8 (bitsandbytes); None = as stored
+    quantize  int8 (torchao); on CUDA also fp8 (torchao), nf4 and bnb-int8 (bitsandbytes); None = as stored
     compile   compile the transformer's blocks
     attention executor of region masks: auto, dense or flex
     lora      files, folders or hub ids (`owner/name` or `owner/name:file.safetensors`)
@@ -83,6 +83,8 @@ def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Seq
         raise ConfigError(f"offload = {runtime.offload}: needs an accelerator; on a CPU use none")
     extra: dict[str, Any] = dict(parts)
     if runtime.quantize is not None:
+        if runtime.quantize != "int8" and device.type != "cuda":
+            raise ConfigError(f"quantize = {runtime.quantize}: needs a CUDA device; int8 runs anywhere")
         extra["quantization_config"] = _quantization(runtime.quantize, ("transformer", *encoders), dtype)
     pipe = guard(f"model {weights}", lambda: kind.from_pretrained(weights, dtype=dtype, **extra))
     pipe.set_progress_bar_config(disable=True)
