@@ -293,7 +293,7 @@ class GeminiService:
             raise Unavailable(f"no answer from Gemini within {self.config.timeout:g} s") from error
         except (*_http_errors("TransportError"), OSError) as error:
             raise Unavailable(f"no connection to Gemini: {error}") from error
-        except ValueError as error:  # the body is not JSON, or not of the expected form
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or not of the expected form
             raise PlannerError(f"the planner service sent no valid answer: {error}") from error
         return _read_gemini(response)
 
