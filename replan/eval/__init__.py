@@ -1,0 +1,1 @@
+"""The benchmark: generate edits for every item, score them, report, and browse them."""
