@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from PIL import Image
+from planner_server import Answer, Server, serve
 
 from replan.errors import ImageError, PlanError, PlannerError
 from replan.plan import AnswerError
@@ -31,82 +28,17 @@ ANSWER = f"<think>cup</think><gen_image>keep it</gen_image>{REGION}"
 SIZE = Size(500, 375)  # sent as 504x364
 
 
-@dataclass
-class Answer:
-    """What the server does with one request."""
-
-    body: object = None
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-
-
-@dataclass
-class Server:
-    """A scripted server: answers in order, the last one for ever; keeps what it was asked."""
-
-    url: str = ""
-    script: list[Answer] = field(default_factory=list)
-    asked: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    most_at_once: int = 0
-    choose: Callable[[dict[str, Any]], Answer] | None = None
-
-    def bodies(self) -> list[dict[str, Any]]:
-        return [body for _, body, _ in self.asked]
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    state, lock, busy = Server(), threading.Lock(), [0]
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
-            with lock:
-                busy[0] += 1
-                state.most_at_once = max(state.most_at_once, busy[0])
-                state.asked.append((self.path, body, {k.lower(): v for k, v in self.headers.items()}))
-                state.times.append(time.monotonic())
-                answer = state.script.pop(0) if len(state.script) > 1 else next(iter(state.script), Answer(status=404))
-            answer = state.choose(body) if state.choose else answer
-            time.sleep(answer.delay)
-            with lock:
-                busy[0] -= 1
-            content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-            self.send_response(answer.status)
-            for name, value in {"content-type": "application/json", **answer.headers}.items():
-                self.send_header(name, value)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            """A client that hung up."""
-
-    http = Quiet(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    state.url = f"http://127.0.0.1:{http.server_port}"
-    monkeypatch.setattr(remote, "BACKOFF", 0.01)
-    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", state.url)
-    monkeypatch.setenv("GEMINI_API_KEY", "gemini-key")
-    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-    monkeypatch.delenv("REPLAN_API_KEY", raising=False)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    yield state
-    http.shutdown()
-    http.server_close()
+    with serve() as state:
+        monkeypatch.setattr(remote, "BACKOFF", 0.01)
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", state.url)
+        monkeypatch.setenv("GEMINI_API_KEY", "gemini-key")
+        monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+        monkeypatch.delenv("REPLAN_API_KEY", raising=False)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield state
 
 
 def chat(text: object = ANSWER, finish: str = "stop", **message: object) -> dict[str, Any]:
