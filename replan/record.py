@@ -191,9 +191,11 @@ def write(found: Record, path: Path) -> None:
 
 def disk_full(error: BaseException | None) -> bool:
     """Whether this error, or what caused it, is that nothing more can be written."""
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
+        seen.append(error)
         error = error.__cause__
     return False
 

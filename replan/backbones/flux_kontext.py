@@ -192,10 +192,10 @@ class FluxKontext:
 
 def frame(source: Size, config: EditConfig, token: int) -> Size:
     """The size to work at: the nearest trained aspect, or `max_area` at the picture's own; in whole tokens."""
-    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-
     aspect = source.width / source.height
     if config.auto_resize:
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
         aspect = max(source.width // token, 1) / max(source.height // token, 1)  # as the stock pipeline reckons it
         _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from replan.cli import doctor, edit, plan, session
+from replan.cli import doctor, edit, evaluate, plan, session
 from replan.cli.failures import reported
 
 HELP = """Edit pictures by instruction: plan first, then edit each region by its own hint.
@@ -33,23 +33,30 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-@app.callback()
-def top(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    from replan.cli.console import out, start_log
-
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from replan import __version__
+        from replan.cli.console import out
 
         out(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    from replan.cli.console import start_log
+
     start_log()
 
 
 for verb in (plan.plan, plan.mask, edit.edit, session.session, doctor.doctor):
     app.command(help=verb.__doc__)(verb)
+app.add_typer(evaluate.evaluate, name="eval")
 
 
 def main() -> None:

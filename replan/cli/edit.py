@@ -91,7 +91,7 @@ class Request:
     also: tuple[Path, ...]
     seed: int
     count: int
-    output: Path | None
+    output: str | None
 
 
 def _single(image: Path, instruction: str, plan: Path | None, asked: Request, flags: Flags) -> None:
@@ -163,7 +163,7 @@ def save(edits: list[Edit], setup: Setup, images: list[Path], paths: list[Path],
         out(str(path))
 
 
-def _repeat(sidecar: Path, output: Path | None, flags: Flags, seed: int | None) -> None:
+def _repeat(sidecar: Path, output: str | None, flags: Flags, seed: int | None) -> None:
     from replan import record
     from replan.cli.console import say
     from replan.cli.outputs import targets

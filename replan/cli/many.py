@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     from replan.types import Edit, EditRequest
 
 
-def edit_many(path: Path, output: Path | None, flags: Flags, seed: int, *, skip_bad: bool) -> None:
+def edit_many(path: Path, output: str | None, flags: Flags, seed: int, *, skip_bad: bool) -> None:
     """Do the jobs of a JSONL file. One JSON line per job on stdout. Exit 1 when a job failed, 2 for bad lines."""
     from replan import batch
     from replan.cli.console import say
     from replan.cli.outputs import writable
 
-    if output is None or output.is_file():
+    if output is None:
         raise ConfigError("--batch needs a folder for its results: -o FOLDER")
+    folder = Path(output)
     setup = flags.setup()
     jobs, problems = batch.read_jobs(path)
     for problem in problems:
         say(f"error: {problem}")
     if problems and not skip_bad:
         raise ConfigError(f"{path}: {len(problems)} bad lines, nothing was run; mend them or add --skip-bad")
-    writable(output)
-    outcomes = batch.run(jobs, output, setup, seed, _edit(setup), ("replan", *sys.argv[1:]))
+    writable(folder)
+    outcomes = batch.run(jobs, folder, setup, seed, _edit(setup), ("replan", *sys.argv[1:]))
     counts = {"done": 0, "skipped": 0, "failed": 0}
     try:
         for outcome in _shown(outcomes, len(jobs)):
@@ -42,7 +43,7 @@ def edit_many(path: Path, output: Path | None, flags: Flags, seed: int, *, skip_
         left = len(jobs) - sum(counts.values())
         rest = f", {left} not reached (the same command resumes)" if left else ""
         say(
-            f"{counts['done']} done, {counts['skipped']} were done before, {counts['failed']} failed{rest}; in {output}"
+            f"{counts['done']} done, {counts['skipped']} were done before, {counts['failed']} failed{rest}; in {folder}"
         )
     if counts["failed"]:
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ Settings = Annotated[
     typer.Argument(metavar="KEY=VALUE...", help="Settings by name, such as mask.mutual=false", show_default=False),
 ]
 Output = Annotated[
-    Path | None,
+    str | None,  # not a Path, which would lose the / at a folder's end
     typer.Option(
         "--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, show_default=False,
         help="File or folder, else ./<picture>_edited.png; candidates become out_0.png, out_1.png, ...",

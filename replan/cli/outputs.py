@@ -10,13 +10,13 @@ from replan.errors import ConfigError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def targets(output: Path | None, default: str, count: int) -> list[Path]:
+def targets(output: str | None, default: str, count: int) -> list[Path]:
     """The files that `count` pictures go to. `output` may be a file or a folder; several get `_0`, `_1`, ... appended.
 
     Makes the folder and tries to write there. Raises ConfigError, or OSError naming the place that cannot be written.
     """
-    path = Path(default) if output is None else output
-    if path.is_dir() or str(output).endswith(("/", os.sep)):
+    path = Path(default if output is None else output)
+    if path.is_dir() or (output or "").endswith(("/", os.sep)):
         path = path / default
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(
@@ -29,7 +29,10 @@ def targets(output: Path | None, default: str, count: int) -> list[Path]:
 
 
 def writable(folder: Path) -> None:
-    """Make the folder and try to write there. Raises OSError."""
+    """Make the folder and try to write there. Raises ConfigError, OSError."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"{place}: is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".replan-{os.getpid()}"
     probe.touch()

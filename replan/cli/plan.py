@@ -66,7 +66,7 @@ def mask(
     plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan to look at (- is stdin).")],
     settings: options.Settings = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, help="File or folder, else ./<picture>_mask.png."
         ),
