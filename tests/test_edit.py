@@ -16,9 +16,9 @@ from PIL import Image
 import replan.edit
 from replan import Box, Edit, Editor, EditRequest, Plan, Region, Size
 from replan.backbones import EditConfig, Runtime
+from replan.background import paste_background
 from replan.config import load
 from replan.denoise import Cancelled
-from replan.edit import paste_background
 from replan.errors import ConfigError, PlanError, PlannerError
 from replan.plan import AnswerError
 
