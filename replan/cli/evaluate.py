@@ -53,8 +53,8 @@ def generate(
     from replan.eval.methods import GenerateConfig
 
     chosen = loader.load(GenerateConfig, config, settings or ())
-    if chosen.processes > 1 and not shard.is_launched():
-        shard.launch(chosen.processes, chosen.runtime, ["eval", "generate", config, *(settings or ())])
+    if chosen.processes > 1:
+        shard.launch(chosen.processes, chosen.runtime, ["eval", "generate", config, *(settings or ()), "processes=1"])
         return
     failed = _generate(chosen)
     shard.leave()
@@ -193,7 +193,7 @@ def report(
     if json_file is not None:
         record.write_json(engine.to_json(summaries), json_file)
     if picture is not None:
-        drawing.draw(summaries, chosen[0], picture, with_published=list(engine.published()) if published else ())
+        drawing.draw(summaries, chosen[0], picture)
 
 
 @evaluate.command()
@@ -292,5 +292,3 @@ def _shown(results: Iterable[T], total: int, worked: Any) -> Iterator[T]:
             pace.tick(worked(result))
             bar.update(task, advance=1, rest=pace.rest())
             yield result
-
-

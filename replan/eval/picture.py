@@ -8,14 +8,14 @@ from pathlib import Path
 
 from replan.errors import ConfigError
 from replan.eval.markdown import TITLES
-from replan.eval.report import COLUMNS, CONVENTIONS, Missing, Summary, published
+from replan.eval.report import COLUMNS, CONVENTIONS, Missing, Summary
 from replan.images import write_atomic
 
 _BARS = [column for column in COLUMNS if column != "success"]  # the others share the scale 1 .. 5
 
 
-def draw(summaries: Sequence[Summary], kind: Missing, path: Path, *, with_published: Sequence[str] = ()) -> None:
-    """Write a picture (the suffix says which kind); `with_published`: rows of the published table, hatched."""
+def draw(summaries: Sequence[Summary], kind: Missing, path: Path) -> None:
+    """Write a picture (the suffix says which kind)."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -23,9 +23,8 @@ def draw(summaries: Sequence[Summary], kind: Missing, path: Path, *, with_publis
     form = path.suffix.lstrip(".").lower()
     if form not in ("png", "svg", "pdf"):
         raise ConfigError(f"{path}: a picture is a .png, .svg or .pdf")
-    table = published()
-    count = len(summaries) + len(with_published)
-    figure = Figure(figsize=(max(8.0, 1.6 + 1.1 * len(_BARS) * max(1, count) ** 0.5), 4.4), layout="constrained")
+    count = len(summaries)
+    figure = Figure(figsize=(8.0 + 1.2 * max(0, count - 3), 4.4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / count
     for place, summary in enumerate(summaries):
@@ -40,12 +39,6 @@ def draw(summaries: Sequence[Summary], kind: Missing, path: Path, *, with_publis
             error_kw={"lw": 1, "ecolor": "#333333"},
         )  # fmt: skip
         axes.bar_label(bars, labels=[f"{mean:.2f}" for mean in means], fontsize=7, padding=2)
-    for place, name in enumerate(with_published, len(summaries)):
-        at = [number + (place - (count - 1) / 2) * width for number in range(len(_BARS))]
-        axes.bar(
-            at, [table[name][column] for column in _BARS], width * 0.92, label=f"{name} (published)",
-            color="#dddddd", edgecolor="#777777", hatch="//",
-        )  # fmt: skip
     axes.set_xticks(range(len(_BARS)), [TITLES[column] for column in _BARS])
     axes.set_ylim(0, 5.6)
     axes.set_ylabel("mean score, 95 % interval")

@@ -32,8 +32,10 @@ def this_shard(runtime: Runtime) -> tuple[Shard, Runtime]:
         return Shard(), runtime
     from accelerate import PartialState
 
-    state = PartialState(cpu=runtime.device == "cpu")
-    return Shard(state.process_index, state.num_processes), replace(runtime, device=str(state.device))
+    state = PartialState(cpu=runtime.torch_device().type == "cpu")
+    # not cpu:0: moving weights there copies them, and elsewhere in memory the last bit of a sum may come out otherwise
+    device = "cpu" if state.device.type == "cpu" else str(state.device)
+    return Shard(state.process_index, state.num_processes), replace(runtime, device=device)
 
 
 def leave() -> None:
@@ -44,17 +46,15 @@ def leave() -> None:
         PartialState().destroy_process_group()
 
 
-def is_launched() -> bool:
-    """Whether a launcher started this process."""
-    return "WORLD_SIZE" in os.environ
-
-
 def launch(processes: int, runtime: Runtime, arguments: Sequence[str]) -> None:
-    """Run `replan ARGUMENTS` in several processes through accelerate's launcher. Raises LaunchError when one fails."""
+    """Run `replan ARGUMENTS` in several processes through accelerate's launcher. Raises LaunchError when one fails.
+
+    The arguments must not ask for several processes again.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    where = ["--cpu"] if runtime.torch_device().type == "cpu" else ["--multi_gpu"]
-    words = [*where, "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    # --multi_gpu is what makes accelerate start several processes, on a CPU too; a process takes runtime.device then.
+    words = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", "--main_process_port", "0", "--module", "replan", *arguments]
     if runtime.device.partition(":")[2]:
         raise ConfigError(f"runtime.device = {runtime.device}: each of the processes takes its own; say cuda")
