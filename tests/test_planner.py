@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -342,3 +343,27 @@ def test_import_is_light() -> None:
     code = f"import sys, replan.planner; sys.exit(str([name for name in {heavy} if name in sys.modules] or ''))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+# --- answers as they are generated -----------------------------------------------------------------------------------
+
+
+def test_a_stream_tells_the_growing_answer_and_ends_in_the_same_plan(taught: LocalPlanner) -> None:
+    request = EditRequest(picture(), "make it red")
+    heard: list[str] = []
+    assert taught.stream(request, heard.append) == taught(request)
+    assert len(heard) > 5
+    assert all(late.startswith(early) for early, late in itertools.pairwise(heard))
+    assert heard[-1].startswith("<think>the cup</think>")
+
+
+def test_a_listener_stops_the_answer(taught: LocalPlanner) -> None:
+    heard: list[str] = []
+
+    def third(text: str) -> bool:
+        heard.append(text)
+        return len(heard) < 3
+
+    with pytest.raises(AnswerError):
+        taught.stream(EditRequest(picture(), "make it red"), third)
+    assert len(heard) == 3

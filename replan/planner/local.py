@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
+
+OnText = Callable[[str], bool | None]
 
 VIEW = ImageLimits(min_side=1)  # aspect above 100 is refused: Qwen's processors give up at 200
 _QUIET = {
@@ -80,9 +82,25 @@ class LocalPlanner:
             views = [self.view(request) for request in batch]
             answers = self.answer(views, [request.seed for request in batch], temperature)
             for request, view, (answer, is_cut) in zip(batch, views, answers, strict=True):
-                cut = f"the answer was cut off at {self.config.max_new_tokens} tokens" if is_cut else None
-                outcomes.append(read_answer(answer, view.frame, Size(*request.image.size), self.template, cut))
+                outcomes.append(self._read(request, view, answer, is_cut))
         return outcomes
+
+    def _read(self, request: EditRequest, view: View, answer: str, is_cut: bool) -> Outcome:
+        """An answer as a plan in the source's pixels, or why it is none."""
+        cut = f"the answer was cut off at {self.config.max_new_tokens} tokens" if is_cut else None
+        return read_answer(answer, view.frame, Size(*request.image.size), self.template, cut)
+
+    def stream(self, request: EditRequest, on_text: OnText) -> Plan:
+        """One plan as by a call; `on_text` gets the answer so far after each token and stops it by returning False.
+
+        Raises PlanError, also for an answer that was stopped before its plan, and PlannerError.
+        """
+        view = self.view(request)
+        answer, is_cut = self.answer([view], [request.seed], self.config.temperature, on_text)[0]
+        outcome = self._read(request, view, answer, is_cut)
+        if isinstance(outcome, Plan):
+            return outcome
+        raise outcome
 
     def view(self, request: EditRequest) -> View:
         """Prepare one request: cap the picture, find out what the model will see of it, write the prompt."""
@@ -102,8 +120,10 @@ class LocalPlanner:
         return View(image, self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), frame)
 
     @torch.inference_mode()
-    def answer(self, views: Sequence[View], seeds: Sequence[int], temperature: float) -> list[tuple[str, bool]]:
-        """Generate one answer per view; the flag says that it ended at max_new_tokens."""
+    def answer(
+        self, views: Sequence[View], seeds: Sequence[int], temperature: float, on_text: OnText | None = None
+    ) -> list[tuple[str, bool]]:
+        """Generate one answer per view; the flag says that it met max_new_tokens. `on_text` hears the first one."""
         tokenizer = self.processor.tokenizer
         limits = self._size_limits()
         inputs = self.processor(
@@ -128,7 +148,10 @@ class LocalPlanner:
                 **inputs,
                 generation_config=settings,
                 logits_processor=draw,
-                stopping_criteria=[StopAtRegionEnd(tokenizer, start)],
+                stopping_criteria=[
+                    StopAtRegionEnd(tokenizer, start),
+                    *([] if on_text is None else [TellText(tokenizer, start, on_text)]),
+                ],
             )[:, start:]
         except torch.OutOfMemoryError as error:
             raise PlannerError(
@@ -177,6 +200,18 @@ class StopAtRegionEnd(StoppingCriteria):
     def _is_done(self, tokens: list[int]) -> bool:
         # The whole answer is read only when its tail looks right, so that a step costs the same however long it is.
         return "</region>" in self.tokenizer.decode(tokens[-_TAIL:]) and is_complete(self.tokenizer.decode(tokens))
+
+
+class TellText(StoppingCriteria):
+    """Tells the first row's text after each token, and ends everything when the listener returns False."""
+
+    def __init__(self, tokenizer: Any, start: int, on_text: OnText) -> None:
+        self.tokenizer, self.start, self.on_text = tokenizer, start, on_text
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        text = self.tokenizer.decode(input_ids[0, self.start :], clean_up_tokenization_spaces=False)
+        is_over = self.on_text(text) is False
+        return torch.full((input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device)
 
 
 class OwnSampling(LogitsProcessor):

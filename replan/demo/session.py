@@ -1,0 +1,67 @@
+"""What one user has: a picture, the last plan, the matrix, the job under way, the results so far. Never on disk."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from replan.demo.board import Board
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from replan.demo.boxes import Drawn
+    from replan.demo.settings import Settings
+    from replan.types import Edit, Plan
+
+MOST_ENTRIES = 12
+
+
+@dataclass(slots=True)
+class Job:
+    """One press of a button. `cancelled` is set by the user or when the page goes away, and read after each step."""
+
+    cancelled: bool = False
+    stage: str = "waiting"
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A finished run in the history, with everything that restoring it takes."""
+
+    source: Image
+    name: str
+    instruction: str
+    prompt: str
+    plan: Plan | None
+    drawn: Drawn
+    settings: Settings
+    board: Board
+    edits: tuple[Edit, ...]
+
+
+@dataclass(slots=True)
+class Session:
+    """Belongs to one open page; Gradio keeps it by that page's own key and drops it after the page has gone."""
+
+    picture: Image | None = None
+    name: str = "picture.png"
+    plan: Plan | None = None
+    board: Board | None = None
+    job: Job | None = None
+    edits: tuple[Edit, ...] = ()
+    chosen: int = 0
+    entries: list[Entry] = field(default_factory=list)
+
+    def remember(self, entry: Entry) -> None:
+        """Put a run in front of the history; the oldest ones make room."""
+        self.entries.insert(0, entry)
+        del self.entries[MOST_ENTRIES:]
+
+    def show(self, picture: Image, name: str) -> None:
+        """Start over with another picture; the history stays."""
+        self.picture, self.name, self.plan = picture, name, None
+        self.edits, self.chosen = (), 0
+        self.board = None if self.board is None else Board(self.board.preset, self.board.share)
