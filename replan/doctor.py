@@ -18,6 +18,13 @@ from replan.errors import ConfigError
 
 State = Literal["ok", "absent", "broken"]
 _GIB = 2**30
+_GIB_OF: Mapping[str, tuple[float, float]] = {
+    "mini": (0.2, 0.2),
+    "flux-kontext": (36, 26),
+    "qwen-image-edit": (62, 44),
+    "qwen-image-edit-plus": (62, 44),
+}
+_GATED = ("flux-kontext",)
 _SECRETS = ("OPENAI_API_KEY", "GEMINI_API_KEY", "HF_TOKEN")
 
 
@@ -159,16 +166,24 @@ def _configs() -> Iterator[Check]:
 
 
 def models() -> tuple[Model, ...]:
-    """The weights that the README names, with what they need; measured on the published files' sizes."""
-    mini = Path(replan.__file__).parent / "mini" / "weights"
-    return (
-        Model("planner mini", str(mini / "planner"), "config.json", 0.1, 0.1),
-        Model("backbone mini", str(mini / "editor"), "model_index.json", 0.2, 0.2),
-        Model("planner RePlan-Qwen2.5-VL-7B", "TainU/RePlan-Qwen2.5-VL-7B", "config.json", 17, 17),
-        Model("backbone flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev", "model_index.json", 36, 26, gated=True),
-        Model("backbone qwen-image-edit", "Qwen/Qwen-Image-Edit", "model_index.json", 62, 44),
-        Model("backbone qwen-image-edit-plus", "Qwen/Qwen-Image-Edit-2511", "model_index.json", 62, 44),
+    """The weights that can be named, with what they need: the size of the published files and some room to work in."""
+    from replan.backbones import BACKBONES, find
+    from replan.cli.options import RELEASED_PLANNER
+
+    mini = Path(replan.__file__).parent / "mini" / "weights" / "planner"
+    planners = (
+        Model("planner mini", str(mini), "config.json", 0.1, 0.1),
+        Model(f"planner {RELEASED_PLANNER.partition('/')[2]}", RELEASED_PLANNER, "config.json", 17, 17),
     )
+    backbones = []
+    for row in BACKBONES:
+        if row.name in _GIB_OF:
+            memory, offloaded = _GIB_OF[row.name]
+            weights = find(row.name)[1]
+            backbones.append(
+                Model(f"backbone {row.name}", weights, "model_index.json", memory, offloaded, row.name in _GATED)
+            )
+    return (*planners, *backbones)
 
 
 def _models(torch: Any) -> Iterator[Check]:

@@ -40,6 +40,18 @@ def start_log() -> None:
     log.setLevel(logging.INFO)
 
 
+def quiet_libraries() -> None:
+    """Keep the libraries' loading bars and hints out of our log; downloads keep their bars."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # transformers turned these off as well
+
+
 def say(text: str) -> None:
     """A line on stderr."""
     stderr().print(Text(text), soft_wrap=True)
@@ -54,6 +66,7 @@ def out(text: str) -> None:
 @contextmanager
 def steps(title: str) -> Iterator[OnStep]:
     """A progress bar over denoising steps, on a terminal; a callback that does nothing elsewhere."""
+    quiet_libraries()
     console = stderr()
     if not console.is_terminal:
         yield lambda step, total, preview: None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from replan.types import Edit, EditRequest, Plan
 
 
+DRAWN = 512  # pixels of the longer side; the scenes that the mini models know are smaller by far
+
+
 def edit(
     image: options.Image = None,
     instruction: options.Instruction = None,
@@ -128,8 +131,10 @@ def given_plan(path: Path, size: tuple[int, int]) -> Plan:
 
 def make(editor: Editor, request: EditRequest, setup: Setup, count: int = 1) -> list[Edit]:
     """The edits, with progress, log and warnings on stderr."""
-    from replan.cli.console import describe, describe_edit, steps
+    from replan.cli.console import describe, describe_edit, say, steps
 
+    if setup.backbone == "mini" and max(request.image.size) > DRAWN:
+        say("note: the mini models know small drawn scenes only; for photographs use -b flux-kontext or another")
     if setup.baseline:
         requests = [replace(request, seed=request.seed + number) for number in range(count)]
         with steps("loading") as on_step:

@@ -6,6 +6,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import typer
+
 from replan.cli.console import say
 from replan.errors import ConfigError, ImageError, ReplanError
 
@@ -23,6 +25,8 @@ def reported(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept")
         raise SystemExit(INTERRUPTED) from None
+    except (typer.Exit, typer.Abort):  # both are RuntimeErrors, and neither is a failure
+        raise
     except (ReplanError, OSError, RuntimeError) as error:
         told = explain(error)
         if debug or told is None:

@@ -10,6 +10,8 @@ from typing import Literal
 from replan.mini.scenes import COLOURS, KINDS, SIZE, Scene, Thing, random_scene
 from replan.types import Plan, Region
 
+SPLITS = {"dev": 1 << 40, "test": 1 << 41}  # first seed of the held-out items; training uses small ones
+
 Task = Literal["recolour", "replace", "remove", "keep"]
 Referring = Literal["feature", "spatial", "knowledge", "all"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from replan.errors import ConfigError, PlanError
-from replan.mini.instructions import Item, random_item
+from replan.mini.instructions import SPLITS, Item, random_item
 from replan.mini.judge import MiniVerdict, judge
 from replan.mini.scenes import draw
 from replan.types import EditRequest, Plan
@@ -19,8 +19,6 @@ from replan.types import EditRequest, Plan
 if TYPE_CHECKING:
     from replan.edit import Editor
     from replan.rules import MaskConfig
-
-SPLITS = {"dev": 1 << 40, "test": 1 << 41}  # first seed; training uses small ones
 
 
 def items(split: str, count: int) -> list[Item]:

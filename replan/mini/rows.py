@@ -11,8 +11,7 @@ from typing import Any
 
 from replan.errors import ConfigError
 from replan.images import write_atomic
-from replan.mini.instructions import Item, random_item
-from replan.mini.report import SPLITS
+from replan.mini.instructions import SPLITS, Item, random_item
 from replan.mini.scenes import draw
 from replan.plan import render
 
