@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from replan.cli import doctor, edit, evaluate, plan, session
+from replan.cli import demo, doctor, edit, evaluate, plan, session
 from replan.cli.failures import reported
 
 HELP = """Edit pictures by instruction: plan first, then edit each region by its own hint.
@@ -54,7 +54,7 @@ def top(
     start_log()
 
 
-for verb in (plan.plan, plan.mask, edit.edit, session.session, doctor.doctor):
+for verb in (plan.plan, plan.mask, edit.edit, session.session, demo.demo, doctor.doctor):
     app.command(help=verb.__doc__)(verb)
 app.add_typer(evaluate.evaluate, name="eval")
 

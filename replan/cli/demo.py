@@ -62,7 +62,7 @@ def demo(
     names = ("device", "dtype", "offload", "quantize", "compile", "attention", "lora")
     runtime = config.load(Runtime, {}, [(name, given[name]) for name in names if given[name] is not None])
     backbones = backbone or ["mini"]
-    planners = planner or [options._planner_for(backbones[0])]
+    planners = planner or [str(Flags(backbone=backbones[0]).setup().planner)]
     studio = Studio.load(backbones, planners, runtime)
     if share or host not in (LOOPBACK, "localhost"):
         say("warning: whoever can reach this address can use the models; there is no login")
