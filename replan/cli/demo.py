@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from replan.cli import options
-from replan.cli.options import MODELS
+from replan.cli.options import MODELS, Flags
 from replan.errors import ConfigError
 
 
