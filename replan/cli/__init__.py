@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from replan.cli import demo, doctor, edit, evaluate, plan, session
+from replan.cli import demo, doctor, edit, evaluate, mini, plan, session, train
 from replan.cli.failures import reported
 
 HELP = """Edit pictures by instruction: plan first, then edit each region by its own hint.
@@ -57,6 +57,8 @@ def top(
 for verb in (plan.plan, plan.mask, edit.edit, session.session, demo.demo, doctor.doctor):
     app.command(help=verb.__doc__)(verb)
 app.add_typer(evaluate.evaluate, name="eval")
+app.add_typer(mini.mini, name="mini")
+app.add_typer(train.train, name="train")
 
 
 def main() -> None:
