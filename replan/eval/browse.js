@@ -28,7 +28,7 @@ function fill() {
   document.title = at("title").textContent;
   for (const group of ["referring", "task"]) {
     const names = [...new Set(data.items.map((item) => item[group]))].sort();
-    add(at(group), option("", "all"), ...names.map((name) => option(name, name)));
+    add(at(group), option("", "(any)"), ...names.map((name) => option(name, name)));
   }
   data.runs.forEach((run, place) => add(at("run"), option(place, run.name)));
   at("run-label").hidden = count < 2;
