@@ -25,7 +25,12 @@ _GIB_OF: Mapping[str, tuple[float, float]] = {
     "qwen-image-edit-plus": (62, 44),
 }
 _GATED = ("flux-kontext",)
-_SECRETS = ("OPENAI_API_KEY", "GEMINI_API_KEY", "HF_TOKEN")
+_SECRETS = {
+    "OPENAI_API_KEY": "not set; needed by planners at OpenAI",
+    "REPLAN_API_KEY": "not set; needed by servers of your own that ask for a key",
+    "GEMINI_API_KEY": "not set; needed by Gemini planners",
+    "HF_TOKEN": "not set; gated weights need it or `hf auth login`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +162,13 @@ def _extras() -> Iterator[Check]:
 
 def _configs() -> Iterator[Check]:
     names = config.config_names()
+    folders = sorted({name.partition("/")[0] for name in names})
     try:
         config.config_path("edit/mini")
     except ConfigError as error:
         yield Check("configs", "configs", "broken", str(error), "pip install --force-reinstall replan")
     else:
-        yield Check("configs", "configs", "ok", ", ".join(names))
+        yield Check("configs", "configs", "ok", f"{len(names)} files: {', '.join(folders)}")
 
 
 def models() -> tuple[Model, ...]:
@@ -236,7 +242,7 @@ def _remote() -> Iterator[Check]:
             "remote",
             name,
             "ok" if given else "absent",
-            "set" if given else "not set; only remote planners or gated weights need it",
+            "set" if given else _SECRETS[name],
         )
 
 

@@ -499,6 +499,7 @@ def test_out_of_memory_says_what_to_try(sh: Shell) -> None:
 
 SLOW = """
 import time
+import replan.cli.console
 from fakes import FakeBackbone, FakePlanner
 from replan.cli import main
 from replan.edit import Editor
@@ -509,6 +510,7 @@ def wait(request):
         print("started", flush=True)
         time.sleep(30)
 
+replan.cli.console.quiet_libraries = lambda: None  # saves the import of both libraries
 Setup.open = lambda setup: Editor(FakePlanner(), FakeBackbone(wait), setup.config)
 main()
 """

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from replan.doctor import Check
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False) -> None:
@@ -28,25 +31,18 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON list i
         raise typer.Exit(1)
 
 
-def _print(checks: list) -> None:
+def _print(checks: list[Check]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    marks = {
-        "ok": Text("ok", style="green"),
-        "absent": Text("--", style="yellow"),
-        "broken": Text("BROKEN", style="bold red"),
-    }
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    group = None
+    styles = {"ok": ("ok    ", "green"), "absent": ("--    ", "yellow"), "broken": ("BROKEN", "bold red")}
+    width = max(len(check.name) for check in checks)
+    console, group = Console(highlight=False), None
     for check in checks:
         if check.group != group:
-            table.add_row(*([""] * 3) if group else [], end_section=False) if group else None
-            table.add_row(Text(check.group, style="bold"), "", "")
+            console.print(Text(("\n" if group else "") + check.group, style="bold"))
             group = check.group
-        found = Text(check.found)
-        if check.fix:
-            found.append(f"\n> {check.fix}", style="cyan")
-        table.add_row(Text(f"  {check.name}"), marks[check.state], found)
-    Console(highlight=False).print(table)
+        line = Text(f"  {check.name:<{width}}  ").append(*styles[check.state]).append(f"  {check.found}")
+        console.print(line, soft_wrap=True)
+        if check.fix:  # on a line of its own and never wrapped, to be copied
+            console.print(Text(f"  {'':<{width}}          > {check.fix}", style="cyan"), soft_wrap=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def edit_many(path: Path, output: str | None, flags: Flags, seed: int, *, skip_bad: bool) -> None:
     """Do the jobs of a JSONL file. One JSON line per job on stdout. Exit 1 when a job failed, 2 for bad lines."""
     from replan import batch
-    from replan.cli.console import quiet_libraries, say
+    from replan.cli.console import say
     from replan.cli.outputs import writable
 
     if output is None:
@@ -34,7 +34,6 @@ def edit_many(path: Path, output: str | None, flags: Flags, seed: int, *, skip_b
         raise ConfigError(f"{path}: {len(problems)} bad lines, nothing was run; mend them or add --skip-bad")
     writable(folder)
     outcomes = batch.run(jobs, folder, setup, seed, _edit(setup), ("replan", *sys.argv[1:]))
-    quiet_libraries()
     counts = {"done": 0, "skipped": 0, "failed": 0}
     try:
         for outcome in _shown(outcomes, len(jobs)):
@@ -51,9 +50,12 @@ def edit_many(path: Path, output: str | None, flags: Flags, seed: int, *, skip_b
 
 
 def _edit(setup: Setup) -> Any:
+    from replan.cli.console import quiet_libraries
+
     editor = setup.open()
 
     def edit(request: EditRequest) -> Edit:
+        quiet_libraries()  # here, because a batch that is done already loads nothing
         return editor.baseline(request) if setup.baseline else editor(request, strict=setup.strict)
 
     return edit

@@ -55,7 +55,7 @@ def plan(
     if candidates > 1:
         _candidates(editor, request, candidates)
         return
-    with steps("planning"):
+    with steps("loading and planning"):
         found = editor.plan(request)
     describe(found)
     out(json.dumps(grammar.to_json(found), indent=2, ensure_ascii=False))
@@ -117,9 +117,9 @@ def _candidates(editor: Editor, request: EditRequest, count: int) -> None:
     from replan.planner.base import candidates
     from replan.types import Plan
 
-    if editor.planner is None:
-        raise ConfigError("there is no planner to sample from")
-    with steps("planning"):
+    with steps("loading and planning"):
+        if editor.planner is None:
+            raise ConfigError("there is no planner to sample from")
         outcomes = candidates(editor.planner, request, count)
     for number, outcome in enumerate(outcomes):
         usable = isinstance(outcome, Plan)
