@@ -102,7 +102,7 @@ function order(id, step) {
   change(() => { const [one] = regions.splice(at, 1); regions.splice(to, 0, one); });
   say(`Region is now number ${to + 1}`);
 }
-function uploader() { return document.querySelector('#upload input[type=file]'); }
+function uploader() { return document.querySelector('#left input[type=file]'); }
 
 // --- view ---
 function fit() { view = { x: 0, y: 0, w: width || 1, h: height || 1 }; }
