@@ -112,7 +112,7 @@ class Jobs:
         try:
             yield from updates
         except Cancelled as error:
-            text = f"{str(error)[:1].upper()}{str(error)[1:]}. Picture, boxes and prompts are as they were."
+            text = f"Cancelled, {error}. Picture, boxes and prompts are as they were."
             yield {ui.notice: notice(text, "warn"), ui.viewer: self._last(session)}
         except ReplanError as error:
             yield {ui.notice: notice(str(error), "error"), ui.viewer: self._last(session)}

@@ -308,6 +308,34 @@ def test_cancel_stops_within_one_step(visit: Visit, demo: Demo) -> None:
     one.done()
 
 
+def test_a_waiting_job_can_be_cancelled_and_a_closed_page_stops_its_job(visit: Visit, demo: Demo) -> None:
+    people = [visit().pick(number) for number in (0, 1)]
+    for person in people:
+        person.drag((8, 8), (40, 48))
+        person.page.keyboard.type("make this red")
+        person.page.keyboard.press("Enter")
+    people[0].page.locator("#steps input[type=number]").fill("90")
+    people[0].page.keyboard.press("Tab")
+    demo.backbone.pause = 0.3
+    before = len(demo.backbone.requests)
+    people[0].page.click("#edit")
+    people[0].notice("of 90")
+    people[1].page.click("#edit")
+    wait_until(lambda: "queue" in people[1].page.locator("#notice").inner_text().lower())
+    people[1].page.click("#cancel")
+    people[1].notice("Cancelled")
+    people[0].notice("of 90")  # the other user's job goes on
+    people[0].page.context.close()
+    people[1].page.wait_for_timeout(4000)
+    late = demo.backbone.steps
+    people[1].page.wait_for_timeout(1000)
+    assert demo.backbone.steps == late
+    assert len(demo.backbone.requests) == before + 1
+    demo.backbone.pause = 0.0
+    people[1].page.click("#edit")
+    people[1].done()
+
+
 def test_a_failed_plan_keeps_the_work(visit: Visit) -> None:
     one = visit().pick()
     page = one.page
