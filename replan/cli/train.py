@@ -17,14 +17,14 @@ LR = "Peak learning rate."
 @train.command("mini-planner")
 def mini_planner(
     folder: Folder,
-    minutes: Annotated[float, typer.Option(min=0, help="Budget over all restarts.")] = 105,
-    batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 8,
+    minutes: Annotated[float, typer.Option(min=0, help="Budget over all restarts.")] = 120,
+    batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 16,
     lr: Annotated[float, typer.Option(min=0, help=LR)] = 2e-3,
 ) -> None:
     """Train the mini planner, a small Qwen3-VL; the result is FOLDER/planner.
 
     [bold]Example[/bold]
-      [cyan]OMP_NUM_THREADS=1 replan train mini-planner runs/planner --minutes 105[/cyan]
+      [cyan]OMP_NUM_THREADS=1 replan train mini-planner runs/planner --minutes 120[/cyan]
       [cyan]replan plan picture.png "..." --planner runs/planner/planner[/cyan]
     """
     from replan.cli.console import out

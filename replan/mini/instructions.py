@@ -71,11 +71,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Words that single out one thing of a scene, and the look-alikes that they had to be told from."""
+    """Words that single out one thing of a scene; `described` is its kind where the words do not say it."""
 
     words: str
     referring: Referring
-    candidates: tuple[Thing, ...]
     described: str | None = None
 
 
@@ -111,18 +110,18 @@ def references(scene: Scene, index: int, rng: random.Random) -> list[Reference]:
     filler = f"{rng.choice(FILLERS)} " if rng.random() < 0.15 else ""
     where = f" {rng.choice(WHERE[scene.place])}" if rng.random() < 0.15 else ""
     if len(kin) == 1:
-        found.append(Reference(f"the {filler}{thing.kind}{where}", "feature", kin))
-        found.append(Reference(f"the {DESCRIPTIONS[thing.kind]}", "knowledge", kin, thing.kind))
+        found.append(Reference(f"the {filler}{thing.kind}{where}", "feature"))
+        found.append(Reference(f"the {DESCRIPTIONS[thing.kind]}", "knowledge", thing.kind))
     if len(twins) == 1:
-        found.append(Reference(f"the {filler}{thing.colour} {thing.kind}{where}", "feature", kin))
+        found.append(Reference(f"the {filler}{thing.colour} {thing.kind}{where}", "feature"))
     same_colour = tuple(t for t in scene.things if t.colour == thing.colour)
     if len(same_colour) == 1:
-        found.append(Reference(f"the {thing.colour} {rng.choice(('thing', 'one', 'object'))}", "feature", same_colour))
+        found.append(Reference(f"the {thing.colour} {rng.choice(('thing', 'one', 'object'))}", "feature"))
     for group, name in ((kin, thing.kind), (twins, f"{thing.colour} {thing.kind}")):
         for measure, wordings in EXTREMES.values():
             if len(group) > 1 and all(measure(thing) < measure(t) for t in group if t is not thing):
-                found.append(Reference(rng.choice(wordings).format(name), "spatial", group))
-    found.append(Reference(f"the {rng.choice((thing.kind, 'thing'))} in the {thing.position}", "spatial", (thing,)))
+                found.append(Reference(rng.choice(wordings).format(name), "spatial"))
+    found.append(Reference(f"the {rng.choice((thing.kind, 'thing'))} in the {thing.position}", "spatial"))
     return found
 
 
@@ -168,9 +167,11 @@ def apply_changes(scene: Scene, changes: Sequence[Change]) -> Scene:
 
 def _reason(thing: Thing, reference: Reference, change: Change) -> str:
     is_a = f" That is {_article(reference.described)}." if reference.described else ""
-    seen = ", ".join(f"{t.colour} {t.kind} {t.position}" for t in reference.candidates)
-    it = f"{thing.colour} {thing.kind} {thing.position}"
-    return f"Look for {reference.words}.{is_a} I see {seen}. It is the {it}: {change.task} it."
+    return f"Look for {reference.words}.{is_a} It is the {_name(thing)}: {change.task} it."
+
+
+def _name(thing: Thing) -> str:
+    return f"{thing.colour} {thing.kind} {thing.position}"
 
 
 def make_item(rng: random.Random, scene: Scene, changes: Sequence[Change]) -> Item:
@@ -180,7 +181,9 @@ def make_item(rng: random.Random, scene: Scene, changes: Sequence[Change]) -> It
     joint = " but " if changes[-1].task == "keep" else rng.choice((" and ", ", and ", ", then "))
     instruction = _polish(joint.join(parts), rng)
     things = [scene.things[c.index] for c in changes]
-    reasoning = " ".join(_reason(t, r, c) for t, r, c in zip(things, chosen, changes, strict=True))
+    # first everything in sight, in reading order: then choosing is a matter of words
+    seen = f"I see {', '.join(map(_name, scene.things))}."
+    reasoning = " ".join((seen, *(_reason(t, r, c) for t, r, c in zip(things, chosen, changes, strict=True))))
     regions = tuple(Region(t.box, c.hint) for t, c in zip(things, changes, strict=True))
     plan = Plan(reasoning, KEEP_REST, regions, SIZE)
     return Item(scene, apply_changes(scene, changes), instruction, tuple(chosen), tuple(changes), plan)

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 
 from replan.mini.instructions import random_item
-from replan.mini.scenes import SIZE, Scene, draw, random_scene
+from replan.mini.scenes import SIZE, draw, random_scene
 from replan.mini.training import TrainConfig, fit
 from replan.types import Plan
 
@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 PATCH, MERGE, FRAMES = 8, 2, 2
 IMAGE_TOKENS = SIZE.width * SIZE.height // (PATCH * MERGE) ** 2
-TURNS = 3  # instructions per picture, beside one question for everything in it
-LIST_ALL = "list everything"
+TURNS = 2  # instructions per picture; more would mostly be answered from the turns before
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -61,12 +60,6 @@ def answer(plan: Plan) -> str:
     """The plan as the planner says it."""
     regions = [{"bbox_2d": list(r.box.as_tuple()), "hint": r.hint} for r in plan.regions]
     return f"<think>{plan.reasoning}</think><gen_image>{plan.prompt}</gen_image><region>{json.dumps(regions)}</region>"
-
-
-def listing(scene: Scene) -> str:
-    """Everything in a scene with its box: teaches to see, and where, with every picture."""
-    boxes = ((thing, json.dumps(list(thing.box.as_tuple()))) for thing in scene.things)
-    return ", ".join(f"{thing.colour} {thing.kind} {thing.position} {box}" for thing, box in boxes)
 
 
 def train_tokenizer(vocabulary: int = 768) -> Tokenizer:
@@ -184,7 +177,6 @@ class Conversations:
             scene = random_scene(rng)
             pictures.append(np.asarray(draw(scene)))
             turns = [(item.instruction, answer(item.plan)) for item in (random_item(rng, scene) for _ in range(TURNS))]
-            turns.insert(rng.randint(0, TURNS), (LIST_ALL, listing(scene)))
             packed.append(self.pack(turns))
         length = max(len(ids) for ids, _ in packed)
         ids = torch.tensor([ids + [self._pad] * (length - len(ids)) for ids, _ in packed])
@@ -271,7 +263,7 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=100)
+    parser.add_argument("--minutes", type=float, default=120)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_planner(arguments.folder, TrainConfig(arguments.minutes, batch=8, lr=2e-3, muon_lr=2e-3, save_every=250))
+    train_planner(arguments.folder, TrainConfig(arguments.minutes, batch=16, lr=2e-3, muon_lr=2e-3, save_every=250))
