@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from replan import plan, record
 from replan.cli import app
 from replan.edit import Editor
+from replan.errors import PlanError
 from replan.record import Setup
 from replan.types import EditRequest, Size
 
@@ -415,12 +416,15 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
         ("edit in.png x --config gone.yaml", "gone.yaml: cannot be read: No such file"),
         ("edit in.png x --rules gone.yaml", "gone.yaml"),
         ("edit in.png x -b flux-kontxt", "backbone 'flux-kontxt': unknown (did you mean flux-kontext?)"),
+        ("plan in.png x --planner mni", "planner 'mni': unknown (did you mean mini?)"),
         ("edit in.png --plan gone.json", "gone.json: No such file"),
         ("edit in.png --plan empty.json", "empty.json is empty"),
         ("edit in.png --plan broken.json", "broken.json is not JSON"),
         ("edit in.png --plan in.png", "in.png is not JSON"),
         ("edit in.png --plan other.json", "was made for a picture of 40x40, this one has 32x24"),
-        ("edit in.png --plan plan.json --baseline", "the instruction is empty"),
+        ("edit in.png x --plan plan.json --baseline", "--baseline and --plan exclude each other"),
+        ("edit --batch jobs.jsonl --candidates 2", "--batch and --candidates exclude each other"),
+        ("edit --repeat out.json --also in.png", "--repeat and --also exclude each other"),
         ("edit in.png --plan plan.json --repeat out.json", "--repeat and --plan exclude each other"),
         ("mask in.png --plan gone.json", "gone.json: No such file"),
         ("edit --batch gone.jsonl -o out", "gone.jsonl: cannot be read: No such file"),
@@ -452,6 +456,15 @@ def test_a_plan_for_the_same_picture_resized(sh: Shell, plan_file: Path) -> None
     assert used.size == Size(64, 48)
     assert used.regions[0].box.as_tuple() == (4, 4, 60, 44)
     assert "plan rescaled from 32x24 to 64x48" in record.read(Path("out.json")).notes
+
+
+def test_a_given_plan_that_cannot_be_carried_out_is_the_users_mistake(sh: Shell, plan_file: Path) -> None:
+    def before(request: EditRequest) -> None:
+        raise PlanError("25 regions: at most 19")
+
+    sh.before = before
+    assert sh("edit", "in.png", "--plan", plan_file, code=2).stderr.endswith("error: 25 regions: at most 19\n")
+    sh("edit", "in.png", "x", code=1)
 
 
 def test_bugs_keep_their_traceback(sh: Shell) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from replan.cli import options
 from replan.cli.options import Flags
 from replan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from replan.edit import Editor
+    from replan.edit import Editor, OnStep
     from replan.record import Candidate, File, Setup
     from replan.types import Edit, EditRequest, Plan
 
@@ -68,9 +69,7 @@ def edit(
     Of the backbone's YAML, --config FILE, key=value and options, the later ones win.
     """
     given = locals()
-    alone = [name for name in ("repeat", "batch", "plan") if given[name] is not None]
-    if len(alone) > 1:
-        raise ConfigError(f"--{alone[0]} and --{alone[1]} exclude each other")
+    _check_together(given)
     wanted = 0 if repeat or batch else 1 if plan else 2
     first, text, rest = options.positionals([image, instruction, *(settings or ())], wanted)
     flags = Flags.of(given | {"settings": rest})
@@ -85,6 +84,15 @@ def edit(
     if first is None or (text is None and plan is None):
         raise ConfigError('edit needs a picture and an instruction: replan edit IMAGE "INSTRUCTION" (see --help)')
     _single(Path(first), text or "", plan, Request(tuple(also or ()), seed or 0, candidates, output), flags)
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Refuse options that would silently have no effect beside each other."""
+    apart = (("repeat", "batch"), ("repeat", "plan"), ("batch", "plan"), ("baseline", "plan"))
+    apart += (("repeat", "candidates"), ("batch", "candidates"), ("repeat", "also"), ("batch", "also"))
+    for one, other in apart:
+        if given[one] and given[other] and given[other] != 1:
+            raise ConfigError(f"--{one} and --{other} exclude each other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ def _single(image: Path, instruction: str, plan: Path | None, asked: Request, fl
     from replan.types import EditRequest
 
     setup = flags.setup()
-    if instruction.strip() == "" and (plan is None or setup.baseline):
+    if instruction.strip() == "" and plan is None:
         raise ConfigError("the instruction is empty; say what to change")
     picture = load_image(image)
     found = None if plan is None else given_plan(plan, picture.size)
@@ -132,23 +140,30 @@ def given_plan(path: Path, size: tuple[int, int]) -> Plan:
 def make(editor: Editor, request: EditRequest, setup: Setup, count: int = 1) -> list[Edit]:
     """The edits, with progress, log and warnings on stderr."""
     from replan.cli.console import describe, describe_edit, say, steps
+    from replan.errors import PlanError
+    from replan.record import PlanFileError
 
     if setup.backbone == "mini" and max(request.image.size) > DRAWN:
         say("note: the mini models know small drawn scenes only; for photographs use -b flux-kontext or another")
-    if setup.baseline:
-        requests = [replace(request, seed=request.seed + number) for number in range(count)]
-        with steps("loading") as on_step:
-            edits = [editor.baseline(one, on_step) for one in requests]
-    else:
-        if request.plan is not None:
-            describe(request.plan)
-        with steps("loading and planning") as on_step:
-            if count == 1:
-                edits = [editor(request, on_step, strict=setup.strict)]
-            else:
-                edits = editor.candidates(request, count, on_step, strict=setup.strict)
+    if request.plan is not None:
+        describe(request.plan)
+    with steps("loading" if setup.baseline or request.plan else "loading and planning") as on_step:
+        try:
+            edits = _run(editor, request, setup, count, on_step)
+        except PlanError as error:
+            if request.plan is None:
+                raise
+            raise PlanFileError(str(error)) from error  # a plan that was given is the user's to mend
     describe_edit(edits[0], plan=request.plan is None)
     return edits
+
+
+def _run(editor: Editor, request: EditRequest, setup: Setup, count: int, on_step: OnStep) -> list[Edit]:
+    if setup.baseline:
+        return [editor.baseline(replace(request, seed=request.seed + number), on_step) for number in range(count)]
+    if count == 1:
+        return [editor(request, on_step, strict=setup.strict)]
+    return editor.candidates(request, count, on_step, strict=setup.strict)
 
 
 def save(edits: list[Edit], setup: Setup, images: list[Path], paths: list[Path], only: Candidate | None = None) -> None:

@@ -224,7 +224,7 @@ class Flags:
         plain = config.load(EditConfig, source, own, files)
         return Setup(
             backbone,
-            self.planner or (kept.planner if kept else _planner_for(backbone)),
+            _known(self.planner) if self.planner else kept.planner if kept else _planner_for(backbone),
             config.load(EditConfig, source, [*own, *self._editing(guided=plain.guided)], files),
             config.load(Runtime, base.runtime if base else {}, self._running()),
             self._planning(base, planner_files, pairs),
@@ -279,6 +279,17 @@ def positionals(words: Sequence[str | None], wanted: int) -> tuple[str | None, s
         if not _SETTING.fullmatch(word):
             raise ConfigError(f"{word!r}: a setting is written key=value, for example steps=20; quote the instruction")
     return image, instruction, rest
+
+
+def _known(planner: str) -> str:
+    """The name of a planner. Raises ConfigError for what can only be a slip: a hub id has a /, a service a colon."""
+    if planner == "mini" or "/" in planner or ":" in planner or Path(planner).is_dir():
+        return planner
+    from replan.config import nearest
+
+    raise ConfigError(
+        f"planner {planner!r}: unknown{nearest(planner, ['mini'])}; use mini, a folder, owner/name or a URL"
+    )
 
 
 def _planner_for(backbone: str) -> str:
