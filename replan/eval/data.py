@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from replan.errors import ConfigError, ImageError, ReplanError
 from replan.images import ImageLimits, check_size, to_rgb
@@ -203,7 +203,7 @@ def _reader(value: Any) -> Callable[[], bytes]:
         content, path = value.get("bytes"), value.get("path")
         value = content if content is not None else Path(path) if path else None
     if callable(value):
-        return value
+        return cast("Callable[[], bytes]", value)
     if isinstance(value, bytes):
         return lambda: value
     if isinstance(value, Path):
@@ -308,6 +308,7 @@ def _lazy_picture(data: Any, index: int) -> Callable[[], bytes]:
 def _open_dataset(config: DataConfig, path: Path) -> Any:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ConfigError(f"data.source = {config.source}: needs datasets: pip install 'replan[eval]'") from error
     try:
@@ -320,7 +321,7 @@ def _open_dataset(config: DataConfig, path: Path) -> Any:
             found = datasets.load_from_disk(str(path))
             return found[config.split] if isinstance(found, datasets.DatasetDict) else found
         return datasets.load_dataset(config.source, split=config.split, revision=config.revision)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"data.source = {config.source}, split {config.split}: cannot be loaded ({reason}); "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def measure_run(folder: Path, items: Sequence[Item], plans: Plans) -> Iterator[s
     path = folder / PIXELS
     past = read_json(path)
     known = past.get("items", {}) if past.get("format") == FORMAT else {}
+    library = _version()
     lpips, note = _lpips()
     found: dict[str, Any] = {}
     for item in items:
@@ -66,7 +68,7 @@ def measure_run(folder: Path, items: Sequence[Item], plans: Plans) -> Iterator[s
         if isinstance(row, dict):
             found[str(item.id)] = row
         yield row if isinstance(row, str) else None
-    record.write_json({"format": FORMAT, "library": _version(), "notes": [note] if note else [], "items": found}, path)
+    record.write_json({"format": FORMAT, "library": library, "notes": [note] if note else [], "items": found}, path)
 
 
 def measure(source: Image, result: Image, boxes: Sequence[Box], lpips: Any = None) -> Row:
@@ -145,10 +147,9 @@ def _lpips() -> tuple[Any, str | None]:
 
 def _version() -> str:
     try:
-        import torchmetrics
-    except ImportError as error:
+        return f"torchmetrics {metadata.version('torchmetrics')}"
+    except metadata.PackageNotFoundError as error:
         raise ConfigError("pixel measures need torchmetrics: pip install 'replan[eval]' (or --no-pixels)") from error
-    return f"torchmetrics {torchmetrics.__version__}"
 
 
 def read_notes(folder: Path) -> tuple[str, ...]:

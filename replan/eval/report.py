@@ -61,10 +61,10 @@ class Summary:
     """What is said about one run. Tables: convention -> column -> estimate; groups: group -> category -> column."""
 
     run: Run
-    table: Mapping[Missing, Mapping[str, Estimate | None]]
-    groups: Mapping[Missing, Mapping[str, Mapping[str, Mapping[str, Estimate | None]]]]
+    table: Mapping[str, Mapping[str, Estimate | None]]
+    groups: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Estimate | None]]]]
     pixels: Mapping[str, Estimate | None]
-    against: Mapping[Missing, Mapping[str, Paired | None]] = field(default_factory=dict)
+    against: Mapping[str, Mapping[str, Paired | None]] = field(default_factory=dict)
     base: str | None = None
 
 

@@ -34,7 +34,8 @@ def this_shard(runtime: Runtime) -> tuple[Shard, Runtime]:
 
     state = PartialState(cpu=runtime.torch_device().type == "cpu")
     # not cpu:0: moving weights there copies them, and elsewhere in memory the last bit of a sum may come out otherwise
-    device = "cpu" if state.device.type == "cpu" else str(state.device)
+    own = str(state.device)
+    device = "cpu" if own.startswith("cpu") else own
     return Shard(state.process_index, state.num_processes), replace(runtime, device=device)
 
 

@@ -15,6 +15,17 @@ from replan.mini.scenes import draw
 _KEPT = 64  # verdicts; the four dimensions of a case are asked one after the other
 
 
+_REASONS = {
+    "target": {5: "everything that was meant has changed", 1: "what was meant has not changed, or not all of it"},
+    "effect": {5: "it looks as asked", 3: "it looks partly as asked", 1: "it does not look as asked"},
+    "consistency": {5: "the rest is as it was", 3: "the rest changed visibly", 1: "the rest changed much"},
+    "quality": {
+        5: "every place looks like something of this world", 4: "slight blur or noise", 3: "visible blur or noise",
+        2: "strong blur or noise", 1: "some place looks like nothing of this world",
+    },
+}  # fmt: skip
+
+
 class MiniJudge:
     """Exact: compares pixels with the target picture that the row's seed stands for. Free, so nothing is cached."""
 
@@ -35,10 +46,11 @@ class MiniJudge:
         """Raises Unscored for a row of another world, or one that this version would draw differently."""
         with self._lock:  # numpy in several threads gains nothing on such small pictures
             verdict = self._verdict(case)
-        reason = (
-            f"outside the boxes {min(verdict.outside_psnr, 99.0):.1f} dB" if dimension.name == "consistency" else ""
-        )
-        return Rating(getattr(verdict, dimension.name), reason, "mini-exact")
+        score = getattr(verdict, dimension.name)
+        reason = _REASONS[dimension.name][score]
+        if dimension.name == "consistency":
+            reason += f" ({min(verdict.outside_psnr, 99.0):.1f} dB outside the boxes)"
+        return Rating(score, reason, "mini-exact")
 
     def stop(self) -> None:
         """Nothing is under way."""
