@@ -59,7 +59,10 @@ class InstructPix2Pix:
 
     def _load(self) -> Any:
         """The pipeline with its published sampler, ancestral Euler, and without the filter that blackens pictures."""
-        from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
+            StableDiffusionInstructPix2PixPipeline,
+        )
+        from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
         pipe: Any = StableDiffusionInstructPix2PixPipeline.from_pretrained(
             self.weights, dtype=self.runtime.torch_dtype(), safety_checker=None, requires_safety_checker=False

@@ -182,13 +182,13 @@ def report(
     from replan.eval import picture as drawing
     from replan.eval import report as engine
 
-    kinds = get_args(engine.Missing)
+    kinds: tuple[engine.Missing, ...] = get_args(engine.Missing)
     if missing not in (*kinds, "both"):
         raise ConfigError(f"--missing {missing}: must be drop, zero or both")
     summaries = engine.summarize([engine.read_run(folder, judge) for folder in folders])
     complete = all(summary.run.scored == len(summary.run.rows) for summary in summaries)
     # with nothing missing both conventions are the same table
-    chosen = [missing] if missing != "both" else ["drop"] if complete else list(kinds)
+    chosen = [kind for kind in kinds if missing in (kind, "both")][: 1 if complete else None]
     out(markdown.report(summaries, chosen, with_published=published).rstrip("\n"))
     if json_file is not None:
         record.write_json(engine.to_json(summaries), json_file)
