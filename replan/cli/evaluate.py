@@ -188,7 +188,7 @@ def report(
     summaries = engine.summarize([engine.read_run(folder, judge) for folder in folders])
     complete = all(summary.run.scored == len(summary.run.rows) for summary in summaries)
     # with nothing missing both conventions are the same table
-    chosen = [kind for kind in kinds if missing in (kind, "both")][: 1 if complete else None]
+    chosen: list[engine.Missing] = [kind for kind in kinds if missing in (kind, "both")][: 1 if complete else None]
     out(markdown.report(summaries, chosen, with_published=published).rstrip("\n"))
     if json_file is not None:
         record.write_json(engine.to_json(summaries), json_file)
