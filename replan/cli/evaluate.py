@@ -174,21 +174,19 @@ def report(
     [bold]Example[/bold]
       [cyan]replan eval report runs/mini-base runs/mini-replan --json report.json --picture report.png[/cyan]
     """
-    from typing import get_args
-
     from replan import record
     from replan.cli.console import out
     from replan.eval import markdown
     from replan.eval import picture as drawing
     from replan.eval import report as engine
 
-    kinds: tuple[engine.Missing, ...] = get_args(engine.Missing)
-    if missing not in (*kinds, "both"):
-        raise ConfigError(f"--missing {missing}: must be drop, zero or both")
+    kinds: dict[str, tuple[engine.Missing, ...]] = {"drop": ("drop",), "zero": ("zero",), "both": ("drop", "zero")}
+    if missing not in kinds:
+        raise ConfigError(f"--missing {missing}: must be {', '.join(kinds)}")
     summaries = engine.summarize([engine.read_run(folder, judge) for folder in folders])
     complete = all(summary.run.scored == len(summary.run.rows) for summary in summaries)
     # with nothing missing both conventions are the same table
-    chosen: list[engine.Missing] = [kind for kind in kinds if missing in (kind, "both")][: 1 if complete else None]
+    chosen = kinds[missing][: 1 if complete else None]
     out(markdown.report(summaries, chosen, with_published=published).rstrip("\n"))
     if json_file is not None:
         record.write_json(engine.to_json(summaries), json_file)
