@@ -247,7 +247,7 @@ def _wire_jobs(ui: Ui, on: Handlers, state: list[Any]) -> None:
         begun = button.click(on.begin, [ui.session], on.button_outputs, **QUIET)
         job = begun.then(
             handler, state, on.job_outputs, concurrency_id="models", concurrency_limit=1, api_visibility="private",
-            show_progress="full", show_progress_on=[ui.notice],
+            show_progress="minimal", show_progress_on=[ui.notice],
         )  # fmt: skip
         job.then(on.end, [ui.session], [*ui.buttons, ui.cancel], **QUIET)
         jobs.append(job)

@@ -56,7 +56,7 @@ class Jobs:
     def begin(self, session: Session) -> Update:
         """A button was pressed: from here on the job can be cancelled, also while it waits."""
         session.job = Job()
-        return self._buttons(running=True) | {self.ui.notice: notice("Waiting for the models …", "busy")}
+        return self._buttons(running=True) | {self.ui.notice: notice("Waiting …", "wait")}
 
     def end(self, session: Session) -> Update:
         """The job is over, whichever way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Literal
 
-Kind = Literal["calm", "busy", "done", "warn", "error"]
+Kind = Literal["calm", "wait", "busy", "done", "warn", "error"]
 
 
 def notice(text: str, kind: Kind = "calm") -> str:
