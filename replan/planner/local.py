@@ -208,7 +208,7 @@ class TellText(StoppingCriteria):
     def __init__(self, tokenizer: Any, start: int, on_text: OnText) -> None:
         self.tokenizer, self.start, self.on_text = tokenizer, start, on_text
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         text = self.tokenizer.decode(input_ids[0, self.start :], clean_up_tokenization_spaces=False)
         is_over = self.on_text(text) is False
         return torch.full((input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device)
