@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ANSWER, Demo, Visitor, wait_until
 from PIL import Image
+from visitors import ANSWER, Demo, Visitor, wait_until
 
 from replan.demo.examples import examples
 

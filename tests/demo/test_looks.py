@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from conftest import Visitor
+from visitors import Visitor
 
 Visit = Callable[..., Visitor]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Visitor
 from test_flow import picture_in
+from visitors import Visitor
 
 Visit = Callable[..., Visitor]
 

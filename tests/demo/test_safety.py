@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Demo, Visitor
 from PIL import Image
+from visitors import Demo, Visitor
 
 from replan.demo.boxes import read_canvas
 from replan.demo.notice import notice
