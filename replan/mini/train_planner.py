@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 PATCH, MERGE, FRAMES = 8, 2, 2
 IMAGE_TOKENS = SIZE.width * SIZE.height // (PATCH * MERGE) ** 2
+DECISION = " Look for"  # from here to the end of the reasoning the planner decides who is meant
+DECISION_WEIGHT = 5.0  # few tokens, and everything hangs on them
 TURNS = 2  # instructions per picture; more would mostly be answered from the turns before
 SPECIALS = (
     "<|endoftext|>",
@@ -158,36 +160,57 @@ class Conversations:
         self._head = self._encode("<|im_start|>user\n<|vision_start|>")
         self._head += [self._image] * IMAGE_TOKENS + self._encode("<|vision_end|>")
 
-    def pack(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Token ids and labels (-100 where nothing is learnt) of one conversation of (question, answer) turns."""
-        ids, labels = list[int](), list[int]()
+    def pack(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[float]]:
+        """Token ids, labels (-100: nothing is learnt) and weights of a conversation of (question, answer) turns."""
+        ids, labels, weights = list[int](), list[int](), list[float]()
         for turn, (asked, answered) in enumerate(turns):
             head = self._head if turn == 0 else self._encode("\n<|im_start|>user\n")
             question = [*head, *self._encode(asked + "<|im_end|>\n<|im_start|>assistant\n")]
-            reply = self._encode(answered + "<|im_end|>")
-            ids += question + reply
-            labels += [-100] * len(question) + reply
-        return ids, labels
+            ids += question
+            labels += [-100] * len(question)
+            weights += [0.0] * len(question)
+            seen, look, rest = answered.partition(DECISION)
+            decision, end, plan = (look + rest).partition("</think>")
+            for text, weight in ((seen, 1.0), (decision, DECISION_WEIGHT), (end + plan + "<|im_end|>", 1.0)):
+                part = self._encode(text)
+                ids += part
+                labels += part
+                weights += [weight] * len(part)
+        return ids, labels, weights
 
     def batch(self, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Model inputs and labels for one conversation per seed, padded on the right."""
+        """Model inputs, labels and weights for one conversation per seed, padded on the right."""
         pictures, packed = [], []
         for seed in seeds:
             rng = random.Random(seed)
             scene = random_scene(rng)
             pictures.append(np.asarray(draw(scene)))
-            turns = [(item.instruction, answer(item.plan)) for item in (random_item(rng, scene) for _ in range(TURNS))]
-            packed.append(self.pack(turns))
-        length = max(len(ids) for ids, _ in packed)
-        ids = torch.tensor([ids + [self._pad] * (length - len(ids)) for ids, _ in packed])
+            items = [random_item(rng, scene) for _ in range(TURNS)]
+            packed.append(self.pack([(item.instruction, answer(item.plan)) for item in items]))
+        length = max(len(ids) for ids, _, _ in packed)
+
+        def padded(rows: Iterable[Sequence[float]], fill: float) -> Tensor:
+            return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+        ids = padded((ids for ids, _, _ in packed), self._pad)
         grid = [1, SIZE.height // PATCH, SIZE.width // PATCH]
         return {
             "input_ids": ids,
-            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in packed]),
+            "labels": padded((labels for _, labels, _ in packed), -100),
+            "weights": padded((weights for _, _, weights in packed), 0.0),
             "pixel_values": patches(np.stack(pictures)),
             "image_grid_thw": torch.tensor([grid] * len(packed)),
             "mm_token_type_ids": (ids == self._image).int(),
         }
+
+
+def planner_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Weighted cross-entropy of the answers' tokens."""
+    labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return (each * weights).sum() / weights.sum()
 
 
 def save_planner(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
@@ -236,10 +259,7 @@ def train_planner(folder: Path, config: TrainConfig) -> torch.nn.Module:
     conversations = Conversations(tokenizer)
 
     def loss_at(step: int) -> Tensor:
-        batch = conversations.batch(range(step * config.batch, (step + 1) * config.batch))
-        labels = batch.pop("labels")
-        logits = model(**batch, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return planner_loss(model, conversations.batch(range(step * config.batch, (step + 1) * config.batch)))
 
     def evaluate(model: torch.nn.Module, step: int) -> None:
         save_planner(model, tokenizer, folder / "planner")
@@ -252,10 +272,7 @@ def train_planner(folder: Path, config: TrainConfig) -> torch.nn.Module:
 
 @torch.no_grad()
 def _unseen_loss(model: torch.nn.Module, conversations: Conversations) -> float:
-    batch = conversations.batch(range(-16, 0))
-    labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    return float(planner_loss(model, conversations.batch(range(-16, 0))))
 
 
 if __name__ == "__main__":

@@ -68,9 +68,10 @@ def test_answers_survive_the_tokenizer_and_the_parser(tokenizer):
 
 def test_only_answers_are_learnt(tokenizer):
     items = [random_item(random.Random(seed)) for seed in range(3)]
-    ids, labels = Conversations(tokenizer).pack([(item.instruction, answer(item.plan)) for item in items])
+    ids, labels, weights = Conversations(tokenizer).pack([(item.instruction, answer(item.plan)) for item in items])
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert learnt == [label for label in labels if label != -100]
+    assert [weight > 0 for weight in weights] == [label != -100 for label in labels]
     expected = "".join(answer(item.plan) + "<|im_end|>" for item in items)
     assert tokenizer.decode(learnt, skip_special_tokens=False) == expected
 
