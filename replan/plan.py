@@ -257,7 +257,9 @@ def read_plan(path: str | Path, size: Size | None = None) -> Plan:
     except OSError as error:
         raise PlanError(f"plan file {path}: {error.strerror or error}") from error
     except PlanError as error:
-        raise error if str(path) in str(error) else PlanError(f"plan file {path}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise PlanError(f"plan file {path}: {error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise PlanError(f"plan file {path} is not JSON: {error}") from error
 

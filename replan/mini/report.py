@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from replan.errors import ConfigError, PlanError
+from replan.errors import ConfigError, PlanError, PlannerError
 from replan.mini.instructions import SPLITS, Item, random_item
 from replan.mini.judge import MiniVerdict, judge
 from replan.mini.scenes import draw
@@ -51,7 +51,7 @@ def rate(values: Sequence[float], draws: int = 2000) -> Rate:
 
 def score_plans(pairs: Sequence[tuple[Item, Plan | PlanError]]) -> Mapping[str, Rate]:
     """valid: a plan at all; object: every asked box found (IoU > 0.5) and no other; hint: right words on the right box;
-    reason: the reasoning names every boxed thing by colour, kind and position."""
+    reason: the reasoning settles on every boxed thing by colour, kind and position."""
     valid, found, hinted, named = [], [], [], []
     for item, plan in pairs:
         regions = () if isinstance(plan, PlanError) else plan.regions
@@ -62,7 +62,10 @@ def score_plans(pairs: Sequence[tuple[Item, Plan | PlanError]]) -> Mapping[str, 
         hints = [r.hint for r in regions]
         hinted.append(bool(valid[-1]) and sorted(hints) == sorted(w.hint for w in wanted))
         if wanted:
-            names = [f"{t.colour} {t.kind} {t.position}" for t in (item.scene.things[c.index] for c in item.changes)]
+            names = [
+                f"It is the {t.colour} {t.kind} {t.position}"
+                for t in (item.scene.things[c.index] for c in item.changes)
+            ]
             named.append(not isinstance(plan, PlanError) and all(name in plan.reasoning for name in names))
     return {"valid": rate(valid), "object": rate(found), "hint": rate(hinted), "reason": rate(named)}
 
@@ -111,7 +114,10 @@ def plan_all(editor: Editor, requests: Sequence[EditRequest], batch: int = 16) -
         raise ConfigError("this editor has no planner")
     found: list[Plan | PlanError] = []
     for start in range(0, len(requests), batch):
-        found += planner.plan_many(requests[start : start + batch])
+        for outcome in planner.plan_many(requests[start : start + batch]):
+            if isinstance(outcome, PlannerError):  # an outage of ours is no bad plan
+                raise outcome
+            found.append(outcome)
     return found
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from replan.mini.scenes import draw, random_scene
@@ -19,20 +21,21 @@ logger = logging.getLogger(__name__)
 LATENT_NOISE = 0.05  # relative to the latents' spread: the decoder must bear what the editor gets slightly wrong
 
 
-def build_autoencoder() -> nn.Module:
-    from diffusers import AutoencoderKL
-
+def build_autoencoder() -> AutoencoderKL:
+    shape: dict[str, Any] = {  # the library's own annotations allow one level only
+        "block_out_channels": (16, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
     model = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=16,
         norm_num_groups=8,
         sample_size=96,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        **shape,
     )
     for name, module in model.named_modules():
         if name.endswith("conv2"):  # every residual block starts as the identity: much faster at the start
@@ -47,36 +50,42 @@ def pixels(seeds: list[int]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_autoencoder(folder: Path, config: TrainConfig) -> nn.Module:
+def train_autoencoder(folder: Path, config: TrainConfig) -> AutoencoderKL:
     """Train (or go on training) and write the model to `folder/vae`, its latents scaled to unit variance."""
     torch.manual_seed(config.seed)
-    model = build_autoencoder().to(memory_format=torch.channels_last)
+    model = build_autoencoder()
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def loss_at(step: int) -> Tensor:
         images = pixels(list(range(step * config.batch, (step + 1) * config.batch)))
         images = images.contiguous(memory_format=torch.channels_last)
-        latents = model.encode(images).latent_dist.mode()
+        latents = model.encode(images, return_dict=False)[0].mode()
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        output = model.decode(latents + LATENT_NOISE * latents.detach().std() * noise).sample
+        output = reconstruct(model, latents + LATENT_NOISE * latents.detach().std() * noise)
         return F.l1_loss(output, images) + 2 * F.mse_loss(output, images) + 1e-5 * latents.square().mean()
 
-    def evaluate(model: nn.Module, step: int) -> None:
+    def evaluate(_: nn.Module, step: int) -> None:
         logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(model))
 
     fit(model, loss_at, config, folder / "vae-run", evaluate=evaluate, evaluate_every=500)
     with torch.no_grad():
-        latents = model.encode(pixels(list(range(-256, 0)))).latent_dist.mode()
+        latents = model.encode(pixels(list(range(-256, 0))), return_dict=False)[0].mode()
     model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     model.save_pretrained(folder / "vae")
     logger.info("reconstruction %.2f dB, latent spread %.3f", reconstruction_psnr(model), float(latents.std()))
     return model
 
 
+def reconstruct(model: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels [B, 3, 8 H, 8 W] of unscaled latents [B, C, H, W]."""
+    return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+
 @torch.no_grad()
-def reconstruction_psnr(model: nn.Module, count: int = 64) -> float:
+def reconstruction_psnr(model: AutoencoderKL, count: int = 64) -> float:
     """Mean PSNR in dB over `count` scenes that training never sees (negative seeds)."""
     images = pixels(list(range(-count, 0)))
-    output = model.decode(model.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    output = reconstruct(model, model.encode(images, return_dict=False)[0].mode()).clamp(-1, 1)
     error = ((output - images) / 2).square().flatten(1).mean(1)
     return float((-10 * error.log10()).mean())
 

@@ -7,16 +7,21 @@ training always speaks of everything in the picture.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from replan.mini.instructions import KEEP_REST, Change, apply_changes, make_item, random_change
 from replan.mini.scenes import SIZE, Scene, draw, random_scene
@@ -25,6 +30,7 @@ from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
 
+Tokenizers = tuple[CLIPTokenizer, T5Tokenizer]
 CHANNELS = 16
 GRID = SIZE.width // 16
 EDITS = 4  # targets per scene in the pool of encoded pictures
@@ -66,10 +72,8 @@ def all_texts(count: int = 20_000) -> list[str]:
     return texts + [pool_prompt(rng.randrange(1 << 30), rng.randrange(EDITS), rng) for _ in range(count)]
 
 
-def build_clip_tokenizer(texts: list[str]) -> object:
+def build_clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """A CLIPTokenizer whose merges make every word of `texts` one token; other words fall to letters."""
-    from transformers import CLIPTokenizer
-
     shell = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = shell._tokenizer.normalizer, shell._tokenizer.pre_tokenizer
@@ -81,17 +85,13 @@ def build_clip_tokenizer(texts: list[str]) -> object:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in model["merges"]]
+    merges: Any = [tuple(merge) for merge in model["merges"]]  # the annotation knows only the older form, "a b"
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def build_t5_tokenizer(texts: list[str]) -> object:
+def build_t5_tokenizer(texts: list[str]) -> T5Tokenizer:
     """A T5Tokenizer with one piece per word of `texts`, and single letters for everything else."""
-    from transformers import T5Tokenizer
-
     words = {word.rstrip(".,") for text in texts for word in text.split()}
     pieces: list[tuple[str, float]] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -3.0) for word in sorted(words)]
@@ -103,7 +103,6 @@ class Editor(nn.Module):
     """The trained parts of the pipeline under one roof."""
 
     def __init__(self, clip_vocabulary: int, t5_vocabulary: int) -> None:
-        from diffusers import FluxTransformer2DModel
         from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
         super().__init__()
@@ -169,11 +168,11 @@ def image_ids(frame: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pool(vae: nn.Module, scenes: int, file: Path) -> tuple[Tensor, Tensor]:
+def encode_pool(vae: AutoencoderKL, scenes: int, file: Path) -> tuple[Tensor, Tensor]:
     """Scaled latents as float16 tokens: sources [scenes, 36, 64], targets [scenes, EDITS, 36, 64], kept in `file`."""
     if not file.exists():
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-        vae = vae.to(memory_format=torch.channels_last)
+        scale, shift = vae.config["scaling_factor"], vae.config["shift_factor"]
+        vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         sources, targets = [], []
         for seed in range(scenes):
             pictures = [draw(pool_edit(seed, 0)[0])]
@@ -183,7 +182,7 @@ def encode_pool(vae: nn.Module, scenes: int, file: Path) -> tuple[Tensor, Tensor
             images = (
                 torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
             )
-            tokens = pack((vae.encode(images).latent_dist.mode() - shift) * scale).half()
+            tokens = pack((vae.encode(images, return_dict=False)[0].mode() - shift) * scale).half()
             sources.append(tokens[0])
             targets.append(tokens[1:])
             if seed % 2000 == 0:
@@ -197,7 +196,7 @@ def encode_pool(vae: nn.Module, scenes: int, file: Path) -> tuple[Tensor, Tensor
 class EditorLoss:
     """Flow matching, v = noise - latent, on (source, prompt, target) triples; a pure function of the step."""
 
-    def __init__(self, editor: Editor, tokenizers: tuple, pool: tuple[Tensor, Tensor], batch: int) -> None:
+    def __init__(self, editor: Editor, tokenizers: Tokenizers, pool: tuple[Tensor, Tensor], batch: int) -> None:
         self._editor, (self._clip, self._t5), (self._sources, self._targets) = editor, tokenizers, pool
         self._batch = batch
         self._image_ids = torch.cat([image_ids(0), image_ids(1)])
@@ -238,9 +237,10 @@ class EditorLoss:
         return text, self._editor.text_encoder(ids).pooler_output
 
 
-def save_editor(editor: Editor, vae: nn.Module, tokenizers: tuple, folder: Path) -> None:
+def save_editor(editor: Editor, vae: AutoencoderKL, tokenizers: Tokenizers, folder: Path) -> None:
     """Write a FluxKontextPipeline folder in the hub's format (weights in float16)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+    from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0,
@@ -265,8 +265,6 @@ def save_editor(editor: Editor, vae: nn.Module, tokenizers: tuple, folder: Path)
 
 def train_editor(folder: Path, config: TrainConfig, vae_minutes: float = 15, scenes: int = 8_000) -> Editor:
     """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`."""
-    from diffusers import AutoencoderKL
-
     if not (folder / "vae").exists():
         train_autoencoder(folder, TrainConfig(vae_minutes, batch=8, lr=2e-3, ema=0.995, save_every=300))
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from replan.mini.instructions import random_item
 from replan.mini.scenes import SIZE, draw, random_scene
@@ -93,10 +94,17 @@ def train_tokenizer(vocabulary: int = 768) -> Tokenizer:
     return tokenizer
 
 
-def build_planner(tokenizer: Tokenizer) -> torch.nn.Module:
+def _token(tokenizer: Tokenizer, piece: str) -> int:
+    found = tokenizer.token_to_id(piece)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {piece}; delete the run's tokenizer.json")
+    return found
+
+
+def build_planner(tokenizer: Tokenizer) -> PreTrainedModel:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
+    ids = {name: _token(tokenizer, name) for name in SPECIALS}
     text = {
         "vocab_size": -(-tokenizer.get_vocab_size() // 32) * 32,
         "hidden_size": 192,
@@ -156,7 +164,7 @@ class Conversations:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-        self._image, self._pad = tokenizer.token_to_id("<|image_pad|>"), tokenizer.token_to_id("<|endoftext|>")
+        self._image, self._pad = _token(tokenizer, "<|image_pad|>"), _token(tokenizer, "<|endoftext|>")
         self._head = self._encode("<|im_start|>user\n<|vision_start|>")
         self._head += [self._image] * IMAGE_TOKENS + self._encode("<|vision_end|>")
 
@@ -204,7 +212,7 @@ class Conversations:
         }
 
 
-def planner_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def planner_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Weighted cross-entropy of the answers' tokens."""
     labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
@@ -213,7 +221,7 @@ def planner_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (each * weights).sum() / weights.sum()
 
 
-def save_planner(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+def save_planner(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder in the hub's format, as a published Qwen3-VL has it (weights in float16)."""
     from transformers import PreTrainedTokenizerFast
 
@@ -247,7 +255,7 @@ def save_planner(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> 
     (folder / "replan_prompt.txt").write_text("{instruction}")
 
 
-def train_planner(folder: Path, config: TrainConfig) -> torch.nn.Module:
+def train_planner(folder: Path, config: TrainConfig) -> PreTrainedModel:
     """Train (or go on training) and write the finished model to `folder/planner`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -261,7 +269,7 @@ def train_planner(folder: Path, config: TrainConfig) -> torch.nn.Module:
     def loss_at(step: int) -> Tensor:
         return planner_loss(model, conversations.batch(range(step * config.batch, (step + 1) * config.batch)))
 
-    def evaluate(model: torch.nn.Module, step: int) -> None:
+    def evaluate(_: nn.Module, step: int) -> None:
         save_planner(model, tokenizer, folder / "planner")
         logger.info("step %d  saved; loss on unseen scenes %.4f", step, _unseen_loss(model, conversations))
 
@@ -271,7 +279,7 @@ def train_planner(folder: Path, config: TrainConfig) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _unseen_loss(model: torch.nn.Module, conversations: Conversations) -> float:
+def _unseen_loss(model: nn.Module, conversations: Conversations) -> float:
     return float(planner_loss(model, conversations.batch(range(-16, 0))))
 
 
