@@ -68,8 +68,9 @@ def main() -> None:
     edit = editor(EditRequest(source, INSTRUCTION))
     baseline = editor.baseline(EditRequest(source, INSTRUCTION))
     assert edit.plan is not None
+    planned = draw_plan(source, edit.plan)  # a square picture with a legend below it
     panels = {
-        "source and plan": draw_plan(source, edit.plan),
+        "source and plan": planned.crop((0, 0, planned.width, planned.width)),
         "replan": edit.image,
         "the same editor, bare instruction": baseline.image,
     }
