@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up at once
+LONGEST_WAIT = 300.0  # seconds
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _NEED = "remote models need two more packages: pip install 'replan[remote]'"
 
@@ -38,6 +38,13 @@ class Unavailable(ChatError):
         self.after = after
 
 
+class Garbled(Unavailable):
+    """What came back is no valid response: a login page, a cut body, a response without its parts."""
+
+    def __init__(self, why: object) -> None:
+        super().__init__(f"the service sent no valid answer: {why}")
+
+
 class Refused(ReplanError, RuntimeError):
     """The model, or a filter before it, would not answer this question."""
 
@@ -46,13 +53,15 @@ class Refused(ReplanError, RuntimeError):
 class Question:
     """One user turn: texts and pictures (PNG bytes) in order, and how the answer is drawn.
 
-    `schema` is a JSON schema that the answer must follow; `temperature` None leaves it to the service.
+    `schema` is a JSON schema that the answer must follow; what is None is left to the service.
     """
 
     parts: Sequence[str | bytes]
     max_tokens: int
     temperature: float | None = 0.0
     schema: Mapping[str, Any] | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +82,22 @@ class Service(Protocol):
 
 
 class Patient:
-    """Asks again while a failure may pass. When the server says how long to wait, every thread waits that long."""
+    """Asks again while a failure may pass. When the server says how long to wait, every thread waits that long.
 
-    def __init__(self, service: Service, retries: int, backoff: float = 1.0) -> None:
+    backoff: seconds before the first retry; doubled each time, plus up to as much at random. longest_wait: seconds; a
+    server that asks for more is given up at once. level: how loud a retry is logged.
+    """
+
+    def __init__(
+        self, service: Service, retries: int, backoff: float = 1.0, *,
+        longest_wait: float = LONGEST_WAIT, retry_garbled: bool = True, level: int = logging.INFO,
+    ) -> None:  # fmt: skip
         self.service = service
         self.retries = retries
         self.backoff = backoff
+        self.longest_wait = longest_wait
+        self.retry_garbled = retry_garbled
+        self.level = level
         self.stopped = threading.Event()  # set it and nothing new is asked
         self._open_at = 0.0
         self._lock = threading.Lock()
@@ -88,27 +107,33 @@ class Patient:
         from tenacity import (
             RetryCallState,
             Retrying,
-            retry_if_exception_type,
+            retry_if_exception,
             sleep_using_event,
             wait_exponential_jitter,
         )
 
+        def may_pass(error: BaseException) -> bool:
+            return isinstance(error, Unavailable) and (self.retry_garbled or not isinstance(error, Garbled))
+
         def is_enough(state: RetryCallState) -> bool:
-            return self.stopped.is_set() or state.attempt_number > self.retries or (_asked(state) or 0) > LONGEST_WAIT
+            is_spent = self.stopped.is_set() or state.attempt_number > self.retries
+            return is_spent or (_asked(state) or 0) > self.longest_wait
 
         def pause(state: RetryCallState) -> float:
             growing = wait_exponential_jitter(initial=self.backoff, max=30, jitter=self.backoff)
             asked = _asked(state)
-            if asked is not None:
+            if asked is not None and asked <= self.longest_wait:  # this runs before is_enough gives up
                 with self._lock:
                     self._open_at = max(self._open_at, time.monotonic() + asked)
-            wait = growing(state) if asked is None else asked
-            log.info("%s; try %d failed, next in %.1f s", _error(state), state.attempt_number, wait)
-            return wait
+            return growing(state) if asked is None else asked
+
+        def tell(state: RetryCallState) -> None:
+            wait = state.next_action.sleep if state.next_action else 0.0
+            log.log(self.level, "%s; try %d failed, next in %.1f s", _error(state), state.attempt_number, wait)
 
         tries = Retrying(
-            stop=is_enough, wait=pause, retry=retry_if_exception_type(Unavailable),
-            sleep=sleep_using_event(self.stopped), reraise=True,
+            stop=is_enough, wait=pause, retry=retry_if_exception(may_pass),
+            before_sleep=tell, sleep=sleep_using_event(self.stopped), reraise=True,
         )  # fmt: skip
         return tries(self._ask, question)
 
@@ -141,10 +166,12 @@ def open_service(spec: str, timeout: float, base_url: str | None = None) -> tupl
     if kind in ("http", "https"):
         url, _, model = spec.partition("#")
         return _chat(url, os.environ.get("REPLAN_API_KEY") or "none", model, timeout)
-    if kind not in ("openai", "gemini", "vertex") or not rest:
+    if not is_service(spec):
         raise ConfigError(
             f"{spec!r}: write http(s)://host/v1#MODEL, openai:MODEL, gemini:MODEL or vertex:MODEL (or mini for a judge)"
         )
+    if not rest:
+        raise ConfigError(f"{spec!r}: has no model; write {kind}:MODEL")
     if kind == "openai":
         return _chat(base_url, _key(spec, "OPENAI_API_KEY"), rest, timeout)
     return _gemini(kind, rest, spec, timeout, base_url), rest
@@ -183,9 +210,10 @@ def retry_after(headers: Any) -> float | None:
 class ChatService:
     """The chat completions of OpenAI's API."""
 
-    def __init__(self, client: OpenAI, model: str) -> None:
+    def __init__(self, client: OpenAI, model: str, timeout: float) -> None:
         self.client = client
         self.model = model
+        self.timeout = timeout
         self._refused: set[str] = set()  # settings that this model does not take, such as a temperature
 
     def ask(self, question: Question) -> Reply:
@@ -193,9 +221,9 @@ class ChatService:
         import openai
 
         turns: Any = [{"role": "user", "content": [_chat_part(part) for part in question.parts]}]
-        settings: dict[str, Any] = {"max_completion_tokens": question.max_tokens}
-        if question.temperature is not None:
-            settings["temperature"] = question.temperature
+        drawn = {"temperature": question.temperature, "top_p": question.top_p, "seed": question.seed}
+        settings: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
+        settings["max_completion_tokens"] = question.max_tokens
         if question.schema is not None:
             shape = {"name": "answer", "strict": True, "schema": dict(question.schema)}
             settings["response_format"] = {"type": "json_schema", "json_schema": shape}
@@ -209,7 +237,7 @@ class ChatService:
                 return self.ask(question)
             raise ChatError(f"the service refused the request: {error}") from error
         except openai.APITimeoutError as error:
-            raise Unavailable(f"no answer from {self.client.base_url} in time") from error
+            raise Unavailable(f"no answer from {self.client.base_url} within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
             raise Unavailable(f"no connection to {self.client.base_url}: {error.__cause__ or error}") from error
         except openai.APIStatusError as error:
@@ -218,7 +246,7 @@ class ChatService:
                 raise Unavailable(text, retry_after(error.response.headers)) from error
             raise ChatError(text) from error
         except (openai.OpenAIError, ValueError) as error:  # ValueError: the body is not JSON
-            raise Unavailable(f"the service sent no valid response: {error}") from error
+            raise Garbled(error) from error
         return _read_completion(completion, self.model)
 
 
@@ -234,15 +262,17 @@ def _read_completion(completion: Any, model: str) -> Reply:
     first = choices[0] if isinstance(choices, list) and choices else None
     reply, finish = getattr(first, "message", None), getattr(first, "finish_reason", None)
     if reply is None:
-        raise Unavailable("the service sent no valid response: no choices in it")
+        raise Garbled("no choices in it")
     if getattr(reply, "refusal", None):
         raise Refused(f"refused: {reply.refusal}")
     if finish == "content_filter":
         raise Refused("refused: the content filter stopped the answer")
-    text = getattr(reply, "content", None)
+    text = getattr(reply, "content", None) or ""
+    if not isinstance(text, str):
+        raise Garbled("its content is no text")
     usage = getattr(completion, "usage", None)
     return Reply(
-        text if isinstance(text, str) else "",
+        text,
         finish == "length",
         str(getattr(completion, "model", None) or model),
         int(getattr(usage, "prompt_tokens", None) or 0),
@@ -264,7 +294,7 @@ def _chat(url: str | None, key: str, model: str, timeout: float) -> tuple[ChatSe
         if len(names) != 1:
             raise ConfigError(f"{url}: write {url}#MODEL with one of: {', '.join(names) or 'none offered'}")
         model = names[0]
-    return ChatService(client, model), model
+    return ChatService(client, model, timeout), model
 
 
 # --- Gemini ----------------------------------------------------------------------------------------------------------
@@ -273,9 +303,10 @@ def _chat(url: str | None, key: str, model: str, timeout: float) -> tuple[ChatSe
 class GeminiService:
     """Google's generateContent, by API key or on Vertex."""
 
-    def __init__(self, client: Any, model: str) -> None:
+    def __init__(self, client: Any, model: str, timeout: float) -> None:
         self.client = client
         self.model = model
+        self.timeout = timeout
 
     def ask(self, question: Question) -> Reply:
         """One request."""
@@ -287,6 +318,8 @@ class GeminiService:
         ]
         settings = types.GenerateContentConfig(
             temperature=question.temperature,
+            top_p=question.top_p,
+            seed=None if question.seed is None else question.seed % 2**31,  # the wire has 32 bits
             max_output_tokens=question.max_tokens,
             response_mime_type=None if question.schema is None else "application/json",
             response_json_schema=None if question.schema is None else dict(question.schema),
@@ -299,11 +332,11 @@ class GeminiService:
                 raise Unavailable(text, _gemini_wait(error)) from error
             raise ChatError(text) from error
         except (*_http_errors("TimeoutException"), TimeoutError) as error:
-            raise Unavailable("no answer from Gemini in time") from error
+            raise Unavailable(f"no answer from Gemini within {self.timeout:g} s") from error
         except (*_http_errors("TransportError"), OSError) as error:
             raise Unavailable(f"no connection to Gemini: {error}") from error
-        except ValueError as error:  # the body is not JSON, or not of the expected form
-            raise Unavailable(f"the service sent no valid response: {error}") from error
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or not of the expected form
+            raise Garbled(error) from error
         return _read_gemini(response, self.model)
 
 
@@ -332,7 +365,7 @@ def _read_gemini(response: Any, model: str) -> Reply:
     if blocked:
         raise Refused(f"refused: the request was blocked ({blocked.value})")
     if not response.candidates:
-        raise Unavailable("the service sent no valid response: no candidates in it")
+        raise Garbled("no candidates in it")
     first = response.candidates[0]
     finish = first.finish_reason.value if first.finish_reason else "STOP"
     if finish not in ("STOP", "MAX_TOKENS"):
@@ -355,11 +388,11 @@ def _gemini(kind: str, model: str, spec: str, timeout: float, base_url: str | No
     options = types.HttpOptions(timeout=int(timeout * 1000), retry_options=once, base_url=base_url)
     if kind == "gemini":
         key = _key(spec, "GEMINI_API_KEY", "GOOGLE_API_KEY")
-        return GeminiService(genai.Client(api_key=key, http_options=options, vertexai=False), model)
+        return GeminiService(genai.Client(api_key=key, http_options=options, vertexai=False), model, timeout)
     project = _key(spec, "GOOGLE_CLOUD_PROJECT")
     location = os.environ.get("GOOGLE_CLOUD_LOCATION") or "global"
     try:
         client = genai.Client(vertexai=True, project=project, location=location, http_options=options)
     except Exception as error:  # google.auth's errors have no common standard base and are importable only with it
         raise ConfigError(f"{spec}: cannot log in to Vertex: {error}") from error
-    return GeminiService(client, model)
+    return GeminiService(client, model, timeout)
