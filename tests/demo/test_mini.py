@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_flow import picture_in
+from typer.testing import CliRunner
 from visitors import Visitor
 
+from replan.cli import app
+from replan.demo.examples import examples
+
 Visit = Callable[..., Visitor]
+LONG = 120  # seconds: the models load, and the machine may be busy
+NUMBERS = """() => { window.steps = []; new MutationObserver(() => {
+    const found = /Step (\\d+) of/.exec(document.querySelector('#notice').textContent);
+    if (found && Number(found[1]) !== steps.at(-1)) steps.push(Number(found[1]));
+}).observe(document.querySelector('#notice'), {subtree: true, childList: true, characterData: true}); }"""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,7 @@ def test_the_whole_way_on_the_mini_models(visit: Visit, mini: str) -> None:
     page.evaluate("""() => { window.heard = []; const box = document.querySelector('#reasoning textarea');
         setInterval(() => { if (box.value !== heard.at(-1)) heard.push(box.value); }, 10); }""")
     page.click("#plan")
-    one.notice("press Edit", seconds=120)
+    one.notice("press Edit", seconds=LONG)
     assert len(page.evaluate("heard")) > 3  # the reasoning grew before our eyes
     assert page.input_value("#reasoning textarea")
     if not one.regions():
@@ -58,8 +70,7 @@ def test_the_whole_way_on_the_mini_models(visit: Visit, mini: str) -> None:
     page.locator(".bx-text").first.fill("make this blue")
     page.keyboard.press("Enter")
     page.click("#edit")
-    page.wait_for_selector(".vw[data-state=done]", timeout=120000)
-    one.notice("seed")
+    one.done(LONG)
     before, after = (np.asarray(picture_in(one, f".vw-{name}"), float) for name in ("before", "after"))
     inside = np.zeros(before.shape[:2], bool)
     for _, (x0, y0, x1, y1) in one.regions():
@@ -79,13 +90,149 @@ def test_the_background_can_be_kept_pixel_by_pixel(visit: Visit, mini: str) -> N
     one.page.keyboard.press("Enter")
     one.page.click("#keep input")
     one.page.click("#edit")
-    one.page.wait_for_selector(".vw[data-state=done]", timeout=120000)
+    one.done(LONG)
     (_, (left, top, right, bottom)), *_ = one.regions()
     before, after = (np.asarray(picture_in(one, f".vw-{name}")) for name in ("before", "after"))
     outside = np.ones(before.shape[:2], bool)
     outside[top:bottom, left:right] = False
     assert (before[outside] == after[outside]).all()
     assert (before != after).any()
+
+
+def draw(one: Visitor, box: tuple[int, int, int, int], hint: str) -> None:
+    """Draw a box and give it a hint."""
+    one.drag(box[:2], box[2:])
+    one.page.keyboard.type(hint)
+    one.page.keyboard.press("Enter")
+
+
+def set_number(one: Visitor, name: str, value: int) -> None:
+    """Type into a number of the settings."""
+    one.page.get_by_role("tab", name="Settings").click()
+    one.page.locator(f"#{name} input[type=number], #{name} input:not([type])").first.fill(str(value))
+    one.page.keyboard.press("Tab")
+
+
+def runs(one: Visitor) -> int:
+    """How many finished edits the history of this page holds."""
+    one.page.get_by_role("tab", name="History").click()
+    return one.page.locator("#history button").count()
+
+
+def test_an_exported_plan_is_the_command_lines_and_comes_back(
+    visit: Visit, mini: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = visit(url=mini).pick(2)
+    page = one.page
+    mine = {
+        "size": [96, 96], "prompt": "", "reasoning": "<p>by hand</p>",
+        "regions": [{"box": [8, 8, 40, 48], "hint": "make this red"}, {"box": [60, 60, 90, 90], "hint": "a blue star"}],
+    }  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    page.get_by_role("tab", name="Plan file").click()
+    page.set_input_files("#tabs input[type=file]", str(tmp_path / "mine.json"))
+    one.notice("Plan imported")
+    assert one.regions() == [("make this red", (8, 8, 40, 48)), ("a blue star", (60, 60, 90, 90))]
+    one.drag((24, 28), (28, 30))
+    corrected = [("make this red", (12, 10, 44, 50)), ("a blue star", (60, 60, 90, 90))]
+    assert one.regions() == corrected
+    page.click("#edit")
+    one.done(LONG)
+    for button, name in (("#export", "plan.json"), ("#save-picture", None), ("#save", "result.png")):
+        with page.expect_download() as waiting:
+            page.click(button)
+        waiting.value.save_as(tmp_path / (name or waiting.value.suggested_filename))
+    exported = json.loads((tmp_path / "plan.json").read_text())
+    assert [(region["hint"], tuple(region["box"])) for region in exported["regions"]] == corrected
+
+    words = shlex.split(page.input_value("#command textarea"))
+    assert words[:2] == ["replan", "edit"]
+    assert words[words.index("--plan") + 1] == "plan.json"
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(app, words[1:])  # the real editor again, in this process
+    assert told.exit_code == 0, told.output
+    ours, theirs = (np.asarray(Image.open(tmp_path / name), int) for name in ("result.png", "edited.png"))
+    assert np.abs(ours - theirs).max() <= 2  # another process may add up in another order
+
+    for name in ("plan.json", "edited.json"):  # the page's own export, and the file the command line wrote
+        for _ in corrected:
+            page.get_by_label("Delete region 1").click()
+        assert one.regions() == []
+        page.set_input_files("#tabs input[type=file]", str(tmp_path / name))
+        one.notice("Plan imported")
+        page.locator(".bx-box").nth(1).wait_for()
+        assert one.regions() == corrected
+
+
+def test_cancel_stops_a_long_edit_and_keeps_the_work(visit: Visit, mini: str) -> None:
+    one = visit(url=mini).pick(3)
+    page = one.page
+    draw(one, (8, 8, 40, 48), "make this red")
+    page.fill("#instruction textarea", "my own words")
+    page.fill("#prompt textarea", "keep the rest")
+    set_number(one, "steps", 100)
+    page.evaluate(NUMBERS)
+    page.click("#edit")
+    one.notice("of 100", LONG)
+    at = page.evaluate("steps.at(-1)")
+    page.click("#cancel")
+    one.notice("Cancelled", LONG)
+    assert page.evaluate("steps.at(-1)") <= at + 10  # the click itself takes some; test_flow counts them exactly
+    assert one.regions() == [("make this red", (8, 8, 40, 48))]
+    assert page.input_value("#instruction textarea") == "my own words"
+    assert page.input_value("#prompt textarea") == "keep the rest"
+    assert page.locator(".vw").get_attribute("data-state") == "empty"
+    set_number(one, "steps", 4)
+    page.click("#edit")
+    one.done(LONG)
+    page.wait_for_selector("#edit:not([disabled])")
+    assert runs(one) == 1  # the one that was cancelled never came to an end
+
+
+def test_two_users_of_the_mini_models_do_not_mix(visit: Visit, mini: str) -> None:
+    people = [visit(url=mini).pick(number) for number in (0, 1)]
+    hints, boxes = ("make this red", "make this blue"), ((5, 5, 45, 45), (50, 50, 90, 90))
+    for person, hint, box in zip(people, hints, boxes, strict=True):
+        draw(person, box, hint)
+        person.page.click("#keep input")
+        set_number(person, "steps", 16)
+    for person in people:
+        person.page.click("#edit")
+    for person in people:
+        person.done(LONG)
+    together = [picture_in(person, ".vw-after") for person in people]
+    for number, person in enumerate(people):
+        source = examples()[number].picture
+        assert picture_in(person, ".vw-before").tobytes() == source.tobytes()
+        assert person.regions() == [(hints[number], boxes[number])]
+        left, top, right, bottom = boxes[number]
+        changed = (np.asarray(source) != np.asarray(together[number])).any(2)
+        assert changed[top:bottom, left:right].any()
+        changed[top:bottom, left:right] = False
+        assert not changed.any()
+        assert runs(person) == 1
+    for person, shared in zip(people, together, strict=True):  # alone, one after the other
+        person.page.click("#edit")
+        person.page.locator("#history button").nth(1).wait_for(timeout=LONG * 1000)
+        assert picture_in(person, ".vw-after").tobytes() == shared.tobytes()
+
+
+def test_an_upload_that_is_no_picture_changes_nothing(visit: Visit, mini: str, tmp_path: Path) -> None:
+    (tmp_path / "words.png").write_text("this is no picture")
+    examples()[0].picture.save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+    one = visit(url=mini).pick(4)
+    page = one.page
+    draw(one, (8, 8, 40, 48), "make this red")
+    shown = page.locator(".bx-image").get_attribute("href")
+    for name, told in (("words.png", "not a picture"), ("half.png", "damaged")):
+        page.set_input_files("#left input[type=file]", str(tmp_path / name))
+        assert "Choose another file" in one.notice(told)
+        assert page.locator(".bx-image").get_attribute("href") == shown
+        assert one.regions() == [("make this red", (8, 8, 40, 48))]
+    page.click("#edit")
+    one.done(LONG)
+    assert picture_in(one, ".vw-before").tobytes() == examples()[4].picture.tobytes()
 
 
 def test_the_package_carries_the_page() -> None:

@@ -120,9 +120,9 @@ class Visitor:
         expect(self.page.locator("#notice")).to_contain_text(text, timeout=seconds * 1000)
         return self.page.locator("#notice").inner_text()
 
-    def done(self) -> str:
+    def done(self, seconds: float = 30) -> str:
         """Wait for a finished edit."""
-        self.page.wait_for_selector(".vw[data-state=done]", timeout=30000)
+        self.page.wait_for_selector(".vw[data-state=done]", timeout=seconds * 1000)
         return self.notice("seed")
 
     def client(self, x: float, y: float) -> tuple[float, float]:
