@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,9 @@ def plus_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import QwenImageEditPlusPipeline
 
     return tiny.qwen_image_edit(tmp_path_factory.mktemp("plus"), QwenImageEditPlusPipeline, zero_cond_t=request.param)
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with Ctrl-C ignored, and children would inherit that: tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -542,7 +542,7 @@ def test_ctrl_c_in_a_real_process(sh: Shell) -> None:
         assert process.poll() is None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted; what was finished is kept" in told
     assert "Traceback" not in told

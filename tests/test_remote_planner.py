@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from planner_server import Answer, Server, serve
 
+from replan.chat import retry_after
 from replan.errors import ImageError, PlanError, PlannerError
 from replan.plan import AnswerError
 from replan.planner import PlannerConfig, load_planner, remote
 from replan.planner.base import candidates
-from replan.planner.remote import retry_after
 from replan.types import Box, EditRequest, Plan, Size
 
 pytest.importorskip("openai")

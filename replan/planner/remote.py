@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from replan.chat import ChatError, Patient, Question, Refused, Service, open_service
-from replan.chat import retry_after as retry_after
 from replan.errors import ConfigError, PlannerError
 from replan.images import ImageLimits, check_size, fit_area, to_rgb
 from replan.planner.base import Frame, Outcome, PlannerConfig, frame_of, message, read_answer, read_template
