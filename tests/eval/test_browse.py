@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,6 @@ from replan.eval.score import Cost, Kept, Scoring
 from replan.judge import load_judge
 
 EVIL = '</script><script>window.evil=1</script><img src=x onerror="window.evil=1">'
-CHROMIUM = os.environ.get("REPLAN_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-]  # fmt: skip
 
 
 def evil_item() -> Item:
@@ -71,17 +64,6 @@ def test_command(tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.output
     assert answer.stdout.strip() == str(tmp_path / "x.html")
     assert "final_result" not in (tmp_path / "x.html").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture
