@@ -27,3 +27,7 @@ class BackboneError(ReplanError, RuntimeError):
 
 class JudgeError(ReplanError, RuntimeError):
     """The judge failed; never a score."""
+
+
+class ServiceError(ReplanError, RuntimeError):
+    """A service of ours cannot be reached, stays overloaded, timed out or broke: an outage, never a score."""
