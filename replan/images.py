@@ -25,7 +25,7 @@ PILLOW_CEILING = 178_956_970  # twice PIL.Image.MAX_IMAGE_PIXELS; Pillow itself 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "TGA", "ICO", "QOI", "DIB")
 
 # What Pillow's decoders let through on damaged files; each was met in the wild or in tests/test_images.py.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
     OverflowError, MemoryError, ZeroDivisionError, NotImplementedError, RuntimeError, struct.error,
 )  # fmt: skip
@@ -81,7 +81,7 @@ def load_image(path: str | Path, limits: ImageLimits | None = None) -> Image:
         raise ImageError(f"{path}: too large to open safely: {error}") from error
     except PermissionError as error:
         raise ImageError(f"{path}: no permission to read it") from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ImageError(f"{path}: damaged or unreadable: {error or type(error).__name__}") from error
 
 
