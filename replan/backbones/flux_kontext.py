@@ -17,6 +17,7 @@ from replan.backbones.base import (
     regions,
     schedule,
 )
+from replan.backbones.memo import Memo
 from replan.backbones.runtime import Runtime, load_pipeline
 from replan.denoise import Velocity, guide
 from replan.errors import ConfigError
@@ -36,6 +37,7 @@ class FluxKontext:
 
     def __init__(self, pipe: Any, attention: str = "auto") -> None:
         self.pipe, self.attention = pipe, attention
+        self.memo = Memo()
 
     @classmethod
     def load(cls, weights: str, runtime: Runtime) -> FluxKontext:
@@ -141,10 +143,16 @@ class FluxKontext:
         A hint is encoded padded, as the model knows its prompts, and then cut down to its own tokens.
         """
         pipe, limit = self.pipe, config.max_sequence_length
-        main, pooled, _ = pipe.encode_prompt(prompt, device=self._device, max_sequence_length=limit)
+        main, pooled, _ = self.memo(
+            ("prompt", prompt, limit),
+            lambda: pipe.encode_prompt(prompt, device=self._device, max_sequence_length=limit),
+        )
         pieces, counts, pads = [main], [], []
         for hint in hints:
-            tokens = pipe._get_t5_prompt_embeds(hint, max_sequence_length=limit, device=self._device)
+            tokens = self.memo(
+                ("hint", hint, limit),
+                lambda hint=hint: pipe._get_t5_prompt_embeds(hint, max_sequence_length=limit, device=self._device),
+            )
             ids = pipe.tokenizer_2(hint, max_length=limit, truncation=True).input_ids
             true = limit if config.hint_padding == "full" else len(ids)
             count = min(-(-true // HINT_BUCKET) * HINT_BUCKET, limit)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from replan.backbones.base import Conditioning, EditConfig, generators, mask_schedule, masking, regions, schedule
+from replan.backbones.memo import Memo, fingerprint
 from replan.backbones.runtime import Runtime, guard, load_pipeline
 from replan.denoise import Velocity, guide
 from replan.errors import ConfigError, PlanError
@@ -47,6 +48,7 @@ class QwenImageEdit:
 
     def __init__(self, pipe: Any, attention: str = "auto") -> None:
         self.pipe, self.attention = pipe, attention
+        self.memo = Memo()
 
     @classmethod
     def load(cls, weights: str, runtime: Runtime) -> QwenImageEdit:
@@ -160,21 +162,25 @@ class QwenImageEdit:
 
         The vision tower runs once for all of them: the stock encoding of the main prompt is watched for what it yields.
         """
-        pipe = self.pipe
         for text in (prompt, *hints):
             self._refuse_control_tokens(text)
-        yielded: list[Any] = []
+        seen = fingerprint(pictures.seen)
+        main, vision, tower = self.memo(("prompt", prompt, seen), lambda: self._main(prompt, pictures))
+        rows = [self.memo(("hint", hint, seen), lambda hint=hint: self._hint(hint, pictures, tower)) for hint in hints]
+        grids = tuple(self._grid(size) for size in pictures.refs)
+        counts = tuple(row.shape[1] for row in rows)
+        layout = TokenLayout(vision, main.shape[1] - vision, counts, self._grid(pictures.frame), grids)
+        return torch.cat([main, *(row.to(main) for row in rows)], dim=1), layout
+
+    def _main(self, prompt: str, pictures: Pictures) -> tuple[Tensor, int, Any]:
+        """Stock encoding of a prompt [1, L, D], how many of its tokens are the picture's, the vision tower's output."""
+        pipe, yielded = self.pipe, []
         watch = pipe.text_encoder.model.visual.register_forward_hook(lambda module, args, out: yielded.append(out))
         try:
             main, _ = pipe.encode_prompt(prompt, image=pictures.seen, device=self._device)
         finally:
             watch.remove()
-        vision = self._vision_end(prompt, pictures) - pipe.prompt_template_encode_start_idx
-        rows = [self._hint(hint, pictures, yielded[-1]) for hint in hints]
-        grids = tuple(self._grid(size) for size in pictures.refs)
-        counts = tuple(row.shape[1] for row in rows)
-        layout = TokenLayout(vision, main.shape[1] - vision, counts, self._grid(pictures.frame), grids)
-        return torch.cat([main, *(row.to(main) for row in rows)], dim=1), layout
+        return main, self._vision_end(prompt, pictures) - pipe.prompt_template_encode_start_idx, yielded[-1]
 
     def _inputs(self, text: str, pictures: Pictures) -> Any:
         """The text encoder's inputs, as the stock pipeline makes them."""
