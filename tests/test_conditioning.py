@@ -14,6 +14,7 @@ from PIL import Image
 import replan.backbones.flux_kontext as flux_module
 from replan.backbones.base import Conditioning, EditConfig
 from replan.backbones.flux_kontext import FluxKontext
+from replan.backbones.memo import Memo
 from replan.backbones.qwen_image_edit import QwenImageEdit
 from replan.backbones.qwen_image_edit_plus import QwenImageEditPlus
 from replan.backbones.runtime import Runtime
@@ -121,6 +122,7 @@ def test_qwen_layout_and_hints(qwen: QwenImageEdit) -> None:
 
 def test_the_vision_tower_runs_once_for_prompt_and_hints(qwen: QwenImageEdit) -> None:
     runs: list[int] = []
+    qwen.memo = Memo()  # forget what other tests asked
     handle = qwen.pipe.text_encoder.model.visual.register_forward_hook(lambda *_: runs.append(1))
     try:
         qwen.condition(REQUEST, PLAN, replace(QWEN, true_cfg=None))
