@@ -17,13 +17,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A module imports from its own line and from lines below it.
 LAYERS = (
     ("__main__",),
-    ("cli", "run_replan", "demo", "mini.train_autoencoder", "mini.train_editor", "mini.train_planner"),
+    (
+        *("cli", "run_replan", "demo", "mini.train_autoencoder", "mini.train_editor", "mini.train_planner"),
+        *("mini.train_qwen_autoencoder", "mini.train_qwen_editor"),
+    ),
     ("eval", "train", "think", "serve", "batch", "doctor", "mini.training", "mini.report", "mini.sheet"),
     ("record",),
     ("edit",),
     ("backbones",),
-    ("attention", "planner", "judge"),
-    ("chat", "draw", "background", "mask", "denoise", "plan", "regions", "rules", "images", "config", "mini"),
+    ("processors", "planner", "judge"),
+    ("attention", "cascade"),
+    ("chat", "draw", "background", "mask", "denoise", "plan", "regions", "rules", "speed", "images", "config", "mini"),
     ("types", "errors"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

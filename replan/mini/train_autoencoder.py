@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from replan.mini.scenes import draw, random_scene
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
+
+Transform = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] to unscaled latents [B, C, h, w], or back
 
 LATENT_NOISE = 0.05  # relative to the latents' spread: the decoder must bear what the editor gets slightly wrong
 
@@ -56,37 +59,42 @@ def train_autoencoder(folder: Path, config: TrainConfig) -> AutoencoderKL:
     model = build_autoencoder()
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
+    def encode(images: Tensor) -> Tensor:
+        return model.encode(images, return_dict=False)[0].mode()
+
+    def decode(latents: Tensor) -> Tensor:
+        return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
     def loss_at(step: int) -> Tensor:
-        images = pixels(list(range(step * config.batch, (step + 1) * config.batch)))
-        images = images.contiguous(memory_format=torch.channels_last)
-        latents = model.encode(images, return_dict=False)[0].mode()
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        output = reconstruct(model, latents + LATENT_NOISE * latents.detach().std() * noise)
-        return F.l1_loss(output, images) + 2 * F.mse_loss(output, images) + 1e-5 * latents.square().mean()
+        return reconstruction_loss(encode, decode, step, config.batch)
 
     def evaluate(_: nn.Module, step: int) -> None:
-        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(model))
+        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(encode, decode))
 
     fit(model, loss_at, config, folder / "vae-run", evaluate=evaluate, evaluate_every=500)
     with torch.no_grad():
-        latents = model.encode(pixels(list(range(-256, 0))), return_dict=False)[0].mode()
+        latents = encode(pixels(list(range(-256, 0))))
     model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     model.save_pretrained(folder / "vae")
-    logger.info("reconstruction %.2f dB, latent spread %.3f", reconstruction_psnr(model), float(latents.std()))
+    logger.info("reconstruction %.2f dB, latent spread %.3f", reconstruction_psnr(encode, decode), float(latents.std()))
     return model
 
 
-def reconstruct(model: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels [B, 3, 8 H, 8 W] of unscaled latents [B, C, H, W]."""
-    return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+def reconstruction_loss(encode: Transform, decode: Transform, step: int, batch: int) -> Tensor:
+    """How far the scenes of one step are from their reconstructions; a pure function of step and model."""
+    images = pixels(list(range(step * batch, (step + 1) * batch)))
+    images = images.contiguous(memory_format=torch.channels_last)
+    latents = encode(images)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+    output = decode(latents + LATENT_NOISE * latents.detach().std() * noise)
+    return F.l1_loss(output, images) + 2 * F.mse_loss(output, images) + 1e-5 * latents.square().mean()
 
 
 @torch.no_grad()
-def reconstruction_psnr(model: AutoencoderKL, count: int = 64) -> float:
+def reconstruction_psnr(encode: Transform, decode: Transform, count: int = 64) -> float:
     """Mean PSNR in dB over `count` scenes that training never sees (negative seeds)."""
     images = pixels(list(range(-count, 0)))
-    output = reconstruct(model, model.encode(images, return_dict=False)[0].mode()).clamp(-1, 1)
-    error = ((output - images) / 2).square().flatten(1).mean(1)
+    error = ((decode(encode(images)).clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)
     return float((-10 * error.log10()).mean())
 
 

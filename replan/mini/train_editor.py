@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from replan.mini.instructions import KEEP_REST, Change, apply_changes, make_item, random_change
 from replan.mini.scenes import SIZE, Scene, draw, random_scene
-from replan.mini.train_autoencoder import train_autoencoder
+from replan.mini.train_autoencoder import Transform, train_autoencoder
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
 
 Tokenizers = tuple[CLIPTokenizer, T5Tokenizer]
+Pool = tuple[Tensor, Tensor]  # tokens of the scenes' pictures: sources, targets
 CHANNELS = 16
 GRID = SIZE.width // 16
 EDITS = 4  # targets per scene in the pool of encoded pictures
@@ -168,11 +170,12 @@ def image_ids(frame: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, scenes: int, file: Path) -> tuple[Tensor, Tensor]:
-    """Scaled latents as float16 tokens: sources [scenes, 36, 64], targets [scenes, EDITS, 36, 64], kept in `file`."""
+def encode_pool(encode: Transform, scenes: int, file: Path) -> Pool:
+    """Latents as float16 tokens: sources [scenes, 36, 64], targets [scenes, EDITS, 36, 64], kept in `file`.
+
+    `encode` takes pixels [B, 3, H, W] to latents [B, C, h, w] of unit variance.
+    """
     if not file.exists():
-        scale, shift = vae.config["scaling_factor"], vae.config["shift_factor"]
-        vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         sources, targets = [], []
         for seed in range(scenes):
             pictures = [draw(pool_edit(seed, 0)[0])]
@@ -182,7 +185,7 @@ def encode_pool(vae: AutoencoderKL, scenes: int, file: Path) -> tuple[Tensor, Te
             images = (
                 torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
             )
-            tokens = pack((vae.encode(images, return_dict=False)[0].mode() - shift) * scale).half()
+            tokens = pack(encode(images)).half()
             sources.append(tokens[0])
             targets.append(tokens[1:])
             if seed % 2000 == 0:
@@ -193,40 +196,57 @@ def encode_pool(vae: AutoencoderKL, scenes: int, file: Path) -> tuple[Tensor, Te
     return pool["sources"], pool["targets"]
 
 
-class EditorLoss:
-    """Flow matching, v = noise - latent, on (source, prompt, target) triples; a pure function of the step."""
+def pool_batch(pool: Pool, rng: random.Random, count: int) -> tuple[list[int], Tensor, Tensor, list[str]]:
+    """Scene seeds, source and target tokens [count, P, C] and prompts; some of them ask to keep everything."""
+    sources, targets = pool
+    picks = [(rng.randrange(len(sources)), rng.randrange(EDITS), rng.random() < 0.08) for _ in range(count)]
+    source = torch.stack([sources[s] for s, _, _ in picks]).float()
+    target = torch.stack([sources[s] if keep else targets[s, e] for s, e, keep in picks]).float()
+    prompts = [rng.choice(KEEP_PROMPTS) if keep else pool_prompt(s, e, rng) for s, e, keep in picks]
+    return [s for s, _, _ in picks], source, target, prompts
 
-    def __init__(self, editor: Editor, tokenizers: Tokenizers, pool: tuple[Tensor, Tensor], batch: int) -> None:
-        self._editor, (self._clip, self._t5), (self._sources, self._targets) = editor, tokenizers, pool
+
+def flow_loss(predict: Callable[[Tensor, Tensor], Tensor], source: Tensor, target: Tensor, step: int) -> Tensor:
+    """Flow matching, v = noise - target, at random noise levels; tokens that change weigh more.
+
+    `predict` gives v [B, P, C] of noisy tokens [B, P, C] and noise levels [B].
+    """
+    torch_rng = torch.Generator().manual_seed(step)
+    noise = torch.randn(target.shape, generator=torch_rng)
+    sigma = torch.sigmoid(0.8 + 1.3 * torch.randn(len(target), generator=torch_rng))
+    velocity = predict(torch.lerp(target, noise, sigma[:, None, None]), sigma)
+    error = (velocity.float() - (noise - target)).square().mean(-1)
+    changed = (target - source).square().mean(-1) > 0.02
+    weight = 1 + CHANGED_WEIGHT * changed.float()
+    return (weight * error).sum() / weight.sum()
+
+
+class EditorLoss:
+    """Flow matching on (source, prompt, target) triples; a pure function of the step."""
+
+    def __init__(self, editor: Editor, tokenizers: Tokenizers, pool: Pool, batch: int) -> None:
+        self._editor, (self._clip, self._t5), self._pool = editor, tokenizers, pool
         self._batch = batch
         self._image_ids = torch.cat([image_ids(0), image_ids(1)])
 
     def __call__(self, step: int) -> Tensor:
-        rng, torch_rng = random.Random(step), torch.Generator().manual_seed(step)
-        picks = [
-            (rng.randrange(len(self._sources)), rng.randrange(EDITS), rng.random() < 0.08) for _ in range(self._batch)
-        ]
-        source = torch.stack([self._sources[s] for s, _, _ in picks]).float()
-        target = torch.stack([self._sources[s] if keep else self._targets[s, e] for s, e, keep in picks]).float()
-        prompts = [rng.choice(KEEP_PROMPTS) if keep else pool_prompt(s, e, rng) for s, e, keep in picks]
+        rng = random.Random(step)
+        _, source, target, prompts = pool_batch(self._pool, rng, self._batch)
         pooled_prompts = ["" if rng.random() < EMPTY_POOLED else prompt for prompt in prompts]
         text, pooled = self._encode(prompts, pooled_prompts, rng)
-        noise = torch.randn(target.shape, generator=torch_rng)
-        sigma = torch.sigmoid(0.8 + 1.3 * torch.randn(self._batch, generator=torch_rng))
-        x = torch.lerp(target, noise, sigma[:, None, None])
-        velocity = self._editor.transformer(
-            hidden_states=torch.cat([x, source], 1),
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            timestep=sigma,
-            img_ids=self._image_ids,
-            txt_ids=torch.zeros(text.shape[1], 3),
-            return_dict=False,
-        )[0][:, : x.shape[1]]
-        error = (velocity.float() - (noise - target)).square().mean(-1)
-        changed = (target - source).square().mean(-1) > 0.02
-        weight = 1 + CHANGED_WEIGHT * changed.float()
-        return (weight * error).sum() / weight.sum()
+
+        def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            return self._editor.transformer(
+                hidden_states=torch.cat([x, source], 1),
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+                timestep=sigma,
+                img_ids=self._image_ids,
+                txt_ids=torch.zeros(text.shape[1], 3),
+                return_dict=False,
+            )[0][:, : x.shape[1]]
+
+        return flow_loss(predict, source, target, step)
 
     def _encode(self, prompts: list[str], pooled_prompts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
         longest = max(len(ids) for ids in self._t5(prompts).input_ids)
@@ -268,7 +288,13 @@ def train_editor(folder: Path, config: TrainConfig, vae_minutes: float = 15, sce
     if not (folder / "vae").exists():
         train_autoencoder(folder, TrainConfig(vae_minutes, batch=8, lr=2e-3, ema=0.995, save_every=300))
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    pool = encode_pool(vae, scenes, folder / "latents.safetensors")
+    vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    scale, shift = vae.config["scaling_factor"], vae.config["shift_factor"]
+
+    def encode(images: Tensor) -> Tensor:
+        return (vae.encode(images, return_dict=False)[0].mode() - shift) * scale
+
+    pool = encode_pool(encode, scenes, folder / "latents.safetensors")
     texts = all_texts()
     tokenizers = build_clip_tokenizer(texts), build_t5_tokenizer(texts)
     torch.manual_seed(config.seed)

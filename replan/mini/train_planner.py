@@ -149,14 +149,14 @@ def build_planner(tokenizer: Tokenizer) -> PreTrainedModel:
     return Qwen3VLForConditionalGeneration(config)
 
 
-def patches(pictures: np.ndarray) -> Tensor:
+def patches(pictures: np.ndarray, patch: int = PATCH) -> Tensor:
     """[B, H, W, 3] uint8 to the image processor's [B * patches, 3 * frames * patch * patch], scaled to [-1, 1]."""
     count, height, width, _ = pictures.shape
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    rows, columns = height // (PATCH * MERGE), width // (PATCH * MERGE)
-    x = x.reshape(count, 3, rows, MERGE, PATCH, columns, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    x = x.reshape(-1, 3, 1, PATCH, PATCH).expand(-1, 3, FRAMES, PATCH, PATCH)
-    return x.reshape(-1, 3 * FRAMES * PATCH * PATCH)
+    rows, columns = height // (patch * MERGE), width // (patch * MERGE)
+    x = x.reshape(count, 3, rows, MERGE, patch, columns, MERGE, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    x = x.reshape(-1, 3, 1, patch, patch).expand(-1, 3, FRAMES, patch, patch)
+    return x.reshape(-1, 3 * FRAMES * patch * patch)
 
 
 class Conversations:

@@ -32,11 +32,12 @@ class TrainConfig:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden matrices (for Muon) and everything else: embeddings, norms, biases, first and last projections."""
+    """Hidden matrices (for Muon) and everything else: embeddings, norms, modulation, biases, outer projections."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inner = "blocks." in name or ".layers." in name or ".block." in name
-        (matrices if inner and parameter.ndim == 2 and "norm" not in name else rest).append(parameter)
+        hidden = inner and parameter.ndim == 2 and "norm" not in name and "_mod." not in name
+        (matrices if hidden else rest).append(parameter)
     return matrices, rest
 
 
