@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from replan.backbones import Backbone, EditConfig, Runtime, default_config, load_backbone
+from replan.backbones import Backbone, Conditioning, EditConfig, Runtime, default_config, load_backbone
 from replan.background import paste_background
-from replan.errors import ConfigError, PlanError
+from replan.errors import ConfigError, PlanError, ReplanError
 from replan.plan import AnswerError
 from replan.types import Edit, EditRequest, Plan, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from replan.planner import Planner, PlannerConfig
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 Preview = Callable[[], "Image"]
 OnStep = Callable[[int, int, Preview], bool | None]
 log = logging.getLogger(__name__)
+BESIDE = "made in one batch with others: a few pixels may differ by rounding from the same request alone"
 
 
 class Editor:
@@ -96,13 +98,61 @@ class Editor:
         """`count` edits by one plan with the seeds request.seed, +1, ...; made in one batched forward per step."""
         return self._run(request, count, on_step, strict=strict)
 
+    def together(
+        self,
+        requests: Sequence[EditRequest],
+        on_step: OnStep | None = None,
+        *,
+        strict: bool = False,
+        bare: bool = False,
+    ) -> list[Edit | ReplanError]:
+        """One edit of each request; those that fit (`backbones.stack`) share a batched forward per step.
+
+        An error stands in the place of its own edit and leaves the others alone; when `on_step` stops a forward,
+        Cancelled is raised. Beside others a few pixels may come out different by rounding, and a note says so; a
+        request alone gives the very bytes of a call.
+        """
+        from replan.backbones.stack import stack
+
+        found: list[Edit | ReplanError] = []
+        groups: list[list[tuple[int, _Prepared]]] = []
+        for number, request in enumerate(requests):
+            try:
+                prepared = self._prepare(request, strict=strict, bare=bare)
+            except ReplanError as error:
+                found.append(error)
+                continue
+            found.append(ReplanError("not edited"))  # replaced below
+            for group in groups:
+                if stack([*(other.cond for _, other in group), prepared.cond]) is not None:
+                    group.append((number, prepared))
+                    break
+            else:
+                groups.append([(number, prepared)])
+        for group in groups:
+            cond = stack([prepared.cond for _, prepared in group])
+            assert cond is not None
+            clock = group[0][1].clock
+            latents = self._sample(cond, on_step, clock)
+            for (number, prepared), latent in zip(group, latents, strict=True):
+                prepared.clock.seconds["sample"] = clock.seconds["sample"]
+                edit = self._finish(prepared, latent, prepared.request.seed)
+                found[number] = edit if len(group) == 1 else replace(edit, notes=(*edit.notes, BESIDE))
+        return found
+
     def _run(
         self, request: EditRequest, count: int, on_step: OnStep | None, *, strict: bool = False, bare: bool = False
     ) -> list[Edit]:
-        from replan.denoise import sample
-
         if count < 1:
             raise ConfigError(f"candidates = {count}: must be 1 or more")
+        prepared = self._prepare(request, strict=strict, bare=bare)
+        seeds = tuple(request.seed + number for number in range(count))
+        latents = self._sample(replace(prepared.cond, seeds=seeds), on_step, prepared.clock)
+        edits = [self._finish(prepared, latent, seed) for seed, latent in zip(seeds, latents, strict=True)]
+        return [replace(edit, timings=dict(prepared.clock.seconds)) for edit in edits]
+
+    def _prepare(self, request: EditRequest, *, strict: bool, bare: bool) -> _Prepared:
+        """Plan and condition."""
         clock = _Clock()
         plan, notes = None, ()
         if not bare:
@@ -115,20 +165,27 @@ class Editor:
             backbone = self.backbone
         with clock("condition"):
             cond = backbone.condition(request, plan, self.config)
-            cond = replace(cond, seeds=tuple(request.seed + number for number in range(count)))
+        return _Prepared(request, plan, notes, cond, clock)
+
+    def _sample(self, cond: Conditioning, on_step: OnStep | None, clock: _Clock) -> Tensor:
+        """Clean latents [len(cond.seeds), P, C]."""
+        from replan.denoise import sample
+
+        backbone = self.backbone
         with clock("sample"):
             report = None if on_step is None else _previewed(on_step, lambda x: backbone.decode(x[:1], cond))
-            latents = sample(backbone.velocity(cond), backbone.noise(cond), cond.sigmas, report)
+            return sample(backbone.velocity(cond), backbone.noise(cond), cond.sigmas, report)
+
+    def _finish(self, prepared: _Prepared, latent: Tensor, seed: int) -> Edit:
+        """Decode one latent [P, C]."""
+        request, plan, clock = prepared.request, prepared.plan, prepared.clock
         with clock("decode"):
-            images = [backbone.decode(latent[None], cond) for latent in latents]
+            image = self.backbone.decode(latent[None], prepared.cond)
             if self.config.keep_background and plan is not None and plan.regions:
                 size = Size(*request.image.size)
                 boxes = [region.box.expand(self.config.mask.expand, size) for region in plan.regions]
-                images = [paste_background(request.image, image, boxes) for image in images]
-        return [
-            Edit(replace(request, seed=seed), plan, image, notes, dict(clock.seconds))
-            for seed, image in zip(cond.seeds, images, strict=True)
-        ]
+                image = paste_background(request.image, image, boxes)
+        return Edit(replace(request, seed=seed), plan, image, prepared.notes, dict(clock.seconds))
 
     def _planned(self, request: EditRequest, strict: bool) -> tuple[Plan, tuple[str, ...]]:
         """The plan and the notes about it; on PlanError the instruction becomes the whole plan."""
@@ -168,6 +225,17 @@ class _Lazy(Generic[T]):
             if not self._made:
                 self._value, self._made = self._make(), True
             return self._value
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request on its way, before the first step."""
+
+    request: EditRequest
+    plan: Plan | None
+    notes: tuple[str, ...]
+    cond: Conditioning
+    clock: _Clock
 
 
 class _Clock:

@@ -97,7 +97,7 @@ class EditReply(Message):
             "examples": [
                 {
                     "version": 1, "id": "step12-item3-rollout5", "image": EXAMPLE_PNG, "seed": 0, "plan": EXAMPLE_PLAN,
-                    "notes": [], "timings": {"condition": 0.02, "sample": 0.4, "decode": 0.03}, "batch": 1,
+                    "notes": [], "timings": {"condition": 0.02, "sample": 0.4, "decode": 0.03},
                     "model": "mini",
                 }
             ]
@@ -111,7 +111,6 @@ class EditReply(Message):
     plan: dict[str, Any] | None
     notes: list[str]
     timings: dict[str, float] = Field(description="Seconds per stage; `queue` is the wait before the first.")
-    batch: int = Field(1, description="How many edits shared the forward; with more than 1 a few pixels may differ.")
     model: str
 
 
