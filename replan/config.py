@@ -34,13 +34,34 @@ def load(kind: type[T], source: Source, overrides: Sequence[Override] = (), over
     (c is a YAML scalar) or an `("a.b", value)` pair.
     Raises ConfigError, which lists every unknown, missing or mistyped key, or names the unreadable file.
     """
-    values = read(source)
+    values = _named(kind, read(source))
     for layer in over:
-        values = _merge(values, read(layer))
+        values = _merge(values, _named(kind, read(layer)))
     for override in overrides:
         key, value = split(override) if isinstance(override, str) else override
-        values = _put(values, key, value)
+        values = _named(kind, _put(values, key, value))
     return _build(kind, values)
+
+
+def preset(kind: type, spec: str | Path) -> dict[str, Any]:
+    """The plain values of a preset of `kind`, a name in its own folder of configs/ or a file. Raises ConfigError."""
+    folder = kind.PRESETS  # type: ignore[attr-defined]
+    if isinstance(spec, Path) or Path(spec).suffix in (".yaml", ".yml", ".json"):
+        return read(Path(spec))
+    names = [name.removeprefix(f"{folder}/") for name in config_names() if name.startswith(f"{folder}/")]
+    if spec not in names:
+        raise ConfigError(f"{folder} = {spec!r}: unknown{nearest(spec, names)}; use {', '.join(names)}, or a YAML file")
+    return read(f"{folder}/{spec}")
+
+
+def _named(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with every section that is given by a preset's name spelled out."""
+    spelled = dict(values)
+    for name, hint in typing.get_type_hints(kind).items():
+        given = spelled.get(name)
+        if isinstance(given, str) and hasattr(hint, "PRESETS"):
+            spelled[name] = preset(hint, given)
+    return spelled
 
 
 def dump(config: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from replan.rules import (
     RulePhase,
     Rules,
     builtin_rules,
+    isolate_reference,
     load_rules,
     roles,
     schedule,
@@ -37,11 +38,17 @@ __all__ = [
     "RoleKind",
     "RulePhase",
     "TokenLayout",
+    "TokenOrder",
     "build_mask",
     "load_rules",
     "mask_at",
     "phases",
+    "sort_tokens",
+    "without_regions",
 ]
+
+GRAIN = 16  # regions of long sequences grow to a multiple of so many tokens: few shapes, and an even split
+_PLAIN = MaskConfig(expand=0.0, isolate=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +138,11 @@ class RegionMask:
         members, member_S = torch.unique(self.member_S, return_inverse=True)
         return reader_S, member_S, (readers[:, None] & members[None, :]) != 0
 
-    def dense(self) -> Tensor:
-        """The mask as a bool matrix [S, S], row = query."""
+    def dense(self, rows: int | None = None) -> Tensor:
+        """The mask as a bool matrix [S, S], row = query; with `rows` only the first so many rows."""
         # through the few classes: an S x S int64 intermediate would be 8 times larger than the result
         reader_S, member_S, table = self.classes()
-        return table[:, member_S][reader_S]
+        return table[:, member_S][reader_S[:rows]]
 
     def hide(self, tokens: slice | Tensor) -> RegionMask:
         """The same mask with some tokens (padding) seen by nobody. They still read, so that no row is empty."""
@@ -144,11 +151,91 @@ class RegionMask:
         reads_S[tokens] = torch.iinfo(torch.int64).max
         return RegionMask(member_S, reads_S)
 
+    def take(self, tokens: Tensor) -> RegionMask:
+        """The mask of the sequence that has these tokens, in this order."""
+        return RegionMask(self.member_S[tokens], self.reads_S[tokens])
+
     def pad(self, length: int) -> RegionMask:
         """Grown to `length` tokens at the end; the new ones are seen by nobody."""
         zeros = self.member_S.new_zeros(length - self.length)
         grown = RegionMask(torch.cat([self.member_S, zeros]), torch.cat([self.reads_S, zeros]))
         return grown.hide(slice(self.length, length))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenOrder:
+    """The joint sequence sorted so that what belongs together lies together; still [text | noise | refs].
+
+    text_T, noise_P, ref_R hold the old place of each token within text, noise and all references; the first `active`
+    noise tokens are those of the regions and their halo.
+    """
+
+    text_T: Tensor
+    noise_P: Tensor
+    ref_R: Tensor
+    active: int
+
+    @property
+    def joint_S(self) -> Tensor:
+        """The old place of each token in the joint sequence."""
+        noise = len(self.text_T) + self.noise_P
+        return torch.cat([self.text_T, noise, len(self.text_T) + len(self.noise_P) + self.ref_R])
+
+    @property
+    def inverse_P(self) -> Tensor:
+        """The new place of each noise token."""
+        return torch.argsort(self.noise_P)
+
+    def to(self, device: torch.device | str) -> TokenOrder:
+        return TokenOrder(self.text_T.to(device), self.noise_P.to(device), self.ref_R.to(device), self.active)
+
+
+def sort_tokens(layout: TokenLayout, mask: RegionMask, halo: int = 0) -> TokenOrder:
+    """Text: hints, the rest; noise: regions, their halo, the background; references: regions, the background.
+
+    `mask` is any mask of the layout: it says which tokens lie in which regions. `halo` counts tokens.
+    """
+    bit = _bits(len(layout.hints))
+    regions = sum(value for role, value in bit.items() if role.kind is RoleKind.NOISE_REGION)
+    noise_P = mask.member_S[layout.noise_slice]
+    distance_P = _distance(noise_P & regions != 0, layout.noise)
+    near_P = distance_P <= halo
+    count = -(-int(near_P.sum()) // GRAIN) * GRAIN if len(near_P) >= GRAIN * GRAIN else int(near_P.sum())
+    nearest = torch.argsort(distance_P, stable=True)[:count]
+    inner_P = torch.zeros_like(near_P)
+    inner_P[nearest] = True
+    rank_P = _along(noise_P & regions) - inner_P.long()
+    member_R = mask.member_S[layout.noise_slice.stop :]
+    refs = sum(value for role, value in bit.items() if role.kind is RoleKind.REF_REGION)
+    text_T = torch.arange(layout.text_length)
+    start = layout.vision + layout.main
+    # padding is read by nobody: in front of all it splits nothing
+    hints = text_T[start:][torch.argsort((mask.member_S[start : layout.text_length] != 0).long(), stable=True)]
+    text_T = torch.cat([hints, text_T[:start]])
+    return TokenOrder(
+        text_T, torch.argsort(rank_P, stable=True), torch.argsort(_along(member_R & refs), stable=True), len(nearest)
+    )
+
+
+def _distance(inside_P: Tensor, grid: Grid) -> Tensor:
+    """Steps from each cell to the nearest inside cell, diagonals allowed [P]; 0 inside, large where there is none."""
+    far = grid.columns + grid.rows + 1
+    near = inside_P.view(1, 1, grid.rows, grid.columns).float()
+    distance = torch.where(near > 0, 0, far)
+    for step in range(1, max(grid) + 1):
+        if not (near == 0).any() or not near.any():
+            break
+        near = torch.nn.functional.max_pool2d(near, 3, stride=1, padding=1)
+        distance = torch.where((near > 0) & (distance == far), step, distance)
+    return distance.view(-1)
+
+
+def _along(bits: Tensor) -> Tensor:
+    """A sort key for sets of regions: in the order of a Gray code, so that a region and its overlaps touch; 0 last."""
+    key = bits.clone()
+    for shift in (1, 2, 4, 8, 16, 32):
+        key ^= key >> shift
+    return torch.where(bits == 0, torch.iinfo(torch.int64).max, key)
 
 
 def build_mask(
@@ -167,16 +254,26 @@ def build_mask(
 
 
 def phases(
-    layout: TokenLayout, boxes: Sequence[Box], size: Size, config: MaskConfig
+    layout: TokenLayout, boxes: Sequence[Box], size: Size, config: MaskConfig, *, isolated_reference: bool = False
 ) -> tuple[tuple[float, RegionMask], ...]:
     """(until this share of the steps, mask), ascending, the last 1.0; () = full attention throughout, without boxes.
 
+    With `isolated_reference`, reference tokens read only reference tokens, whatever the rules say.
     Raises as `build_mask`, and ConfigError where `config.rules` name a region that the plan has not.
     """
     if not _check(layout, boxes):
         return ()
     member_S = _members(layout, boxes, size, config)
-    return tuple((until, _visibility(member_S, rules)) for until, rules in schedule(len(boxes), config))
+    planned = schedule(len(boxes), config)
+    if isolated_reference:
+        planned = tuple((until, isolate_reference(rules)) for until, rules in planned)
+    return tuple((until, _visibility(member_S, rules)) for until, rules in planned)
+
+
+def without_regions(layout: TokenLayout) -> RegionMask:
+    """Everyone reads everyone, but reference tokens read only reference tokens. For a prompt without hints."""
+    member_S = _members(layout, (), Size(1, 1), _PLAIN)
+    return _visibility(member_S, isolate_reference(builtin_rules(0, _PLAIN, isolated=False)))
 
 
 def mask_at(masks: Sequence[tuple[float, RegionMask]], step: int, steps: int) -> RegionMask | None:

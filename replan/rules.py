@@ -59,6 +59,7 @@ class RoleKind(Enum):
 
 _REGIONS = (RoleKind.NOISE_REGION, RoleKind.REF_REGION)
 _NUMBERED = (RoleKind.HINT, *_REGIONS)
+_REFERENCE = (RoleKind.REF_REGION, RoleKind.REF_BACKGROUND)
 _IMAGE = (RoleKind.NOISE_REGION, RoleKind.NOISE_BACKGROUND, RoleKind.REF_REGION, RoleKind.REF_BACKGROUND)
 
 # A name in a rules file -> the kinds it stands for. Names of the second table take a number, `*`, `i` or `j`.
@@ -218,6 +219,14 @@ def phase_rules(phase: RulePhase, regions: int, config: MaskConfig) -> Rules:
     return table
 
 
+def isolate_reference(rules: Rules) -> Rules:
+    """The same rules, but reference tokens read only those reference tokens that they read before."""
+    return {
+        query: frozenset(key for key in keys if key.kind in _REFERENCE) if query.kind in _REFERENCE else keys
+        for query, keys in rules.items()
+    }
+
+
 def schedule(regions: int, config: MaskConfig) -> tuple[tuple[float, Rules], ...]:
     """(until this share of the steps, rules) in ascending order; the last is 1.0."""
     if config.rules:
@@ -252,6 +261,8 @@ def load_rules(path: str | Path, regions: int | None = None) -> tuple[RulePhase,
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"rules file {path}: cannot be read ({error})") from error
+    if isinstance(content, dict) and "rules" in content:  # settings with the rules among them: replan.presets
+        content = content["rules"]
     items = content if isinstance(content, list) else [content]
     if not items or not all(isinstance(item, dict) and item for item in items):
         raise ConfigError(f"rules file {path}: must hold lines such as `hint i: hint i, region i`, or a list of phases")

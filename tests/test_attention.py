@@ -14,18 +14,17 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from replan.attention import (
     BLOCK,
+    CASCADE_FROM,
     FlexMask,
-    FluxRegionProcessor,
-    QwenRegionProcessor,
     attend,
     block_mask,
     bucket,
-    executor_for,
+    executor_of,
     prepare,
-    region_attention,
 )
 from replan.errors import BackboneError, ConfigError
 from replan.mask import MaskConfig, RegionMask, TokenLayout, build_mask
+from replan.processors import FluxRegionProcessor, QwenRegionProcessor, region_attention
 from replan.types import Box, Grid, Size
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -56,6 +55,10 @@ def random_mask(length: int, seed: int) -> RegionMask:
     member = 1 << torch.randint(0, 5, (runs + 1,), generator=generator)
     reads = torch.randint(0, 32, (runs + 1,), generator=generator) | member
     return RegionMask(member[run_S], reads[run_S])
+
+
+def shuffled(mask: RegionMask) -> RegionMask:
+    return mask.take(torch.randperm(mask.length, generator=torch.Generator().manual_seed(0)))
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -146,11 +149,16 @@ def test_flex_equals_dense_on_cuda(length: int) -> None:
 
 
 def test_executor_names() -> None:
-    assert executor_for("auto", "cpu", 10_000) == "dense"
-    assert executor_for("auto", "cuda", 100) == "dense"
-    assert executor_for("flex", "cpu", 1) == "flex"
-    with pytest.raises(ConfigError, match="'flash': must be auto, dense or flex"):
-        executor_for("flash", "cpu", 1)
+    few, many = random_mask(CASCADE_FROM, 0), shuffled(random_mask(CASCADE_FROM, 0))
+    assert executor_of(prepare(few, "auto", "cpu")) == "cascade"
+    assert executor_of(prepare(many, "auto", "cpu")) == "dense"  # too many rectangles
+    assert executor_of(prepare(random_mask(CASCADE_FROM - 1, 0), "auto", "cpu")) == "dense"
+    for name in ("dense", "flex", "cascade"):
+        assert executor_of(prepare(random_mask(40, 0), name, "cpu")) == name
+    with pytest.raises(ConfigError, match="'flash': must be auto, dense, flex, cascade"):
+        prepare(few, "flash", "cpu")
+    with pytest.raises(ConfigError, match="no kernel for mps"):
+        prepare(few, "cascade", "mps")
 
 
 def test_bucket_rounds_up() -> None:
@@ -160,8 +168,9 @@ def test_bucket_rounds_up() -> None:
 
 def test_a_mask_of_another_length_is_refused() -> None:
     query = normal(1, 30, 1, 16, seed=0)
-    with pytest.raises(BackboneError, match="mask of 40 tokens met a sequence of 30"):
-        attend(query, query, query, open_mask(40), "flex")
+    for executor in ("flex", "cascade"):
+        with pytest.raises(BackboneError, match="mask of 40 x 40 tokens met 30 x 30"):
+            attend(query, query, query, prepare(open_mask(40), executor, "cpu"))
 
 
 def test_import_compiles_nothing_and_loads_no_diffusers() -> None:
@@ -378,7 +387,7 @@ def test_a_foreign_processor_is_refused_and_left_alone() -> None:
 
 def test_an_unknown_executor_is_refused_before_anything_is_swapped() -> None:
     model = flux()
-    with pytest.raises(ConfigError, match="auto, dense or flex"), region_attention(model, "flash"):
+    with pytest.raises(ConfigError, match="auto, dense, flex, cascade"), region_attention(model, "flash"):
         pass
     assert not any(isinstance(each, FluxRegionProcessor) for each in model.attn_processors.values())
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from replan.errors import BackboneError, ConfigError
 from replan.rules import MaskConfig
+from replan.speed import EXACT, SpeedConfig
 from replan.types import Box, EditRequest, Plan, Size
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class EditConfig:
                          what the paper did (no effect where prompts are not padded)
     mask                 who reads whom
     keep_background      paste the untouched source pixels back outside the boxes
+    speed                what is reused between steps; a preset's name or its settings
     """
 
     steps: int
@@ -47,6 +48,7 @@ class EditConfig:
     hint_padding: Literal["tight", "full"]
     mask: MaskConfig
     keep_background: bool = False
+    speed: SpeedConfig = EXACT
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("max_area", 1), ("max_sequence_length", 1)):
@@ -70,7 +72,8 @@ class EditConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """Everything a velocity depends on beside (x, sigma): velocity(cond)(x, sigma) is a pure function.
+    """Everything a velocity depends on beside (x, sigma). Without reuse between steps (`speed`), velocity(cond) is a
+    pure function of (x, sigma).
 
     tensors   what the transformer is fed, batch 1; the backbone that made it knows the names
     sigmas    [steps + 1] float32 on the CPU, descending to 0
@@ -80,6 +83,8 @@ class Conditioning:
     layout    the joint sequence; its noise grid fixes the latent's shape
     source    size that the finished picture is brought back to
     seeds     one for each picture made in one batched forward; `dataclasses.replace(cond, seeds=...)` makes candidates
+    speed     what is reused between steps; nothing where there are no regions
+    notes     what the user should know about how it will run
     """
 
     tensors: Mapping[str, Tensor]
@@ -90,6 +95,8 @@ class Conditioning:
     masks: tuple[tuple[float, RegionMask | None], ...] = ()
     negative: Conditioning | None = None
     scale: float = 1.0
+    speed: SpeedConfig = EXACT
+    notes: tuple[str, ...] = ()
 
     def mask(self, sigma: float) -> RegionMask | None:
         """The mask that rules at this noise level."""
@@ -111,7 +118,7 @@ class Backbone(Protocol):
         ...
 
     def velocity(self, cond: Conditioning) -> Velocity:
-        """v(x, sigma) with classifier-free guidance inside; differentiable."""
+        """v(x, sigma) with classifier-free guidance inside; differentiable. One per run: it may remember steps."""
         ...
 
     def decode(self, latent: Tensor, cond: Conditioning) -> Image:
@@ -175,29 +182,13 @@ def mask_schedule(
     return tuple((levels[int(share * total)], mask) for share, mask in phases)
 
 
-def masking(
-    transformer: Any, cond: Conditioning, executor: str, device: torch.device
-) -> Callable[[Tensor], AbstractContextManager[dict[str, Any]]]:
-    """A function of sigma whose context yields the attention kwargs of one forward; each mask is prepared once.
-
-    Without a mask the stock processors stay in place.
-    """
-    from replan.attention import prepare, region_attention
-
-    prepared: dict[RegionMask, Any] = {}
-
-    @contextmanager
-    def at(sigma: Tensor) -> Iterator[dict[str, Any]]:
-        mask = cond.mask(float(sigma))
-        if mask is None:
-            yield {}
-            return
-        if mask not in prepared:
-            prepared[mask] = prepare(mask, executor, device)
-        with region_attention(transformer, executor, device):
-            yield {"attention_mask": prepared[mask]}
-
-    return at
+def usable(speed: SpeedConfig, plan: Plan | None, layout: TokenLayout) -> tuple[SpeedConfig, tuple[str, ...]]:
+    """What of `speed` a plan allows, and a note where that is nothing."""
+    if speed.cache == "none" or plan is None:
+        return EXACT, ()
+    if not layout.hints:
+        return EXACT, (f"the plan has no regions, so nothing is reused between steps (speed.cache = {speed.cache})",)
+    return speed, ()
 
 
 def regions(plan: Plan | None, source: Size) -> tuple[str | None, tuple[Box, ...], tuple[str, ...]]:

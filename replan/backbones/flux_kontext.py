@@ -13,15 +13,15 @@ from replan.backbones.base import (
     EditConfig,
     generators,
     mask_schedule,
-    masking,
     regions,
     schedule,
+    usable,
 )
 from replan.backbones.memo import Memo
 from replan.backbones.runtime import Runtime, load_pipeline
-from replan.denoise import Velocity, guide
+from replan.backbones.stepper import Engine, Query, Stepper
 from replan.errors import ConfigError
-from replan.mask import TokenLayout, phases
+from replan.mask import TokenLayout, phases, without_regions
 from replan.types import EditRequest, Grid, Plan, Size
 
 if TYPE_CHECKING:
@@ -63,20 +63,26 @@ class FluxKontext:
         text, counts, pads = self._text(prompt, hints, config)
         layout = TokenLayout(0, config.max_sequence_length, counts, grid, (grid,), hint_pads=pads)
         sigmas = schedule(self.pipe.scheduler, config.steps, grid.columns * grid.rows)
+        speed, notes = usable(config.speed, plan, layout)
         negative = None
         if config.guided:
             against, _, _ = self._text(config.negative_prompt, (), config)
             bare = TokenLayout(0, config.max_sequence_length, (), grid, (grid,))
-            negative = Conditioning({**picture, **against}, sigmas, bare, source, (request.seed,))
+            alone = ((0.0, without_regions(bare)),) if speed.isolate_reference else ()
+            negative = Conditioning({**picture, **against}, sigmas, bare, source, (request.seed,), alone, speed=speed)
         return Conditioning(
             tensors={**picture, **text},
             sigmas=sigmas,
             layout=layout,
             source=source,
             seeds=(request.seed,),
-            masks=mask_schedule(phases(layout, boxes, source, config.mask), sigmas),
+            masks=mask_schedule(
+                phases(layout, boxes, source, config.mask, isolated_reference=speed.isolate_reference), sigmas
+            ),
             negative=negative,
             scale=config.true_cfg or 1.0,
+            speed=speed,
+            notes=notes,
         )
 
     def noise(self, cond: Conditioning) -> Tensor:
@@ -87,12 +93,10 @@ class FluxKontext:
             None, len(cond.seeds), self._channels, size.height, size.width, dtype, self._device, generators(cond.seeds)
         )[0]
 
-    def velocity(self, cond: Conditioning) -> Velocity:
+    def velocity(self, cond: Conditioning) -> Stepper:
         """v(x, sigma); see Backbone."""
-        positive = self._branch(cond, "cond")
-        if cond.negative is None:
-            return positive
-        return guide(positive, self._branch(cond.negative, "uncond"), cond.scale, rescale=False)
+        engine = Engine(self.pipe.transformer, self._forward, self.attention, self._device)
+        return Stepper(engine, cond, rescale=False)
 
     @torch.no_grad()
     def decode(self, latent: Tensor, cond: Conditioning) -> Image:
@@ -171,31 +175,23 @@ class FluxKontext:
             return {}
         return {"guidance": torch.full([1], config.guidance, device=self._device, dtype=torch.float32)}
 
-    def _branch(self, cond: Conditioning, name: str) -> Velocity:
-        """v(x, sigma) of one prompt, without guidance against another."""
-        transformer, tensors = self.pipe.transformer, cond.tensors
-        masked = masking(transformer, cond, self.attention, self._device)
-        per_sigma = self.pipe.scheduler.config.num_train_timesteps
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            batch = x.shape[0]
-            time = (sigma * per_sigma).to(x.device).expand(batch).to(x.dtype)
-            guidance = tensors.get("guidance")
-            with transformer.cache_context(name), masked(sigma) as kwargs:
-                out = transformer(
-                    hidden_states=torch.cat([x, tensors["reference"].expand(batch, -1, -1)], dim=1),
-                    timestep=time / 1000,
-                    guidance=None if guidance is None else guidance.expand(batch),
-                    pooled_projections=tensors["pooled"].expand(batch, -1),
-                    encoder_hidden_states=tensors["text"].expand(batch, -1, -1),
-                    txt_ids=tensors["text_ids"],
-                    img_ids=tensors["ids"],
-                    joint_attention_kwargs=kwargs,
-                    return_dict=False,
-                )[0]
-            return out[:, : x.shape[1]]
-
-        return velocity
+    def _forward(self, query: Query, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The transformer over the tokens of a query, one prompt."""
+        tensors, batch = cond.tensors, len(query.hidden)
+        time = (sigma * self.pipe.scheduler.config.num_train_timesteps).to(query.hidden.device)
+        guidance = tensors.get("guidance")
+        ids = tensors["ids"]
+        return self.pipe.transformer(
+            hidden_states=query.hidden,
+            timestep=time.expand(batch).to(query.hidden.dtype) / 1000,
+            guidance=None if guidance is None else guidance.expand(batch),
+            pooled_projections=tensors["pooled"].expand(batch, -1),
+            encoder_hidden_states=query.text,
+            txt_ids=tensors["text_ids"],  # all alike, so they need no sorting
+            img_ids=ids if query.image_Q is None else ids[query.image_Q],
+            joint_attention_kwargs=query.kwargs,
+            return_dict=False,
+        )[0]
 
 
 def frame(source: Size, config: EditConfig, token: int) -> Size:

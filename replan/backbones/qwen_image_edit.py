@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from replan.backbones.base import Conditioning, EditConfig, generators, mask_schedule, masking, regions, schedule
+from replan.backbones.base import Conditioning, EditConfig, generators, mask_schedule, regions, schedule, usable
 from replan.backbones.memo import Memo, fingerprint
 from replan.backbones.runtime import Runtime, guard, load_pipeline
-from replan.denoise import Velocity, guide
+from replan.backbones.stepper import Engine, Query, Stepper
 from replan.errors import ConfigError, PlanError
-from replan.mask import TokenLayout, phases
+from replan.mask import TokenLayout, phases, without_regions
 from replan.types import EditRequest, Grid, Plan, Size
 
 if TYPE_CHECKING:
@@ -73,19 +74,26 @@ class QwenImageEdit:
         shared = {"reference": self._reference(pictures, text.dtype), **self._guidance(config)}
         noise = layout.noise
         sigmas = schedule(self.pipe.scheduler, config.steps, noise.columns * noise.rows)
+        speed, notes = usable(config.speed, plan, layout)
         negative = None
         if config.guided:
             against, bare = self._text(config.negative_prompt, (), pictures)
-            negative = Conditioning({**shared, "text": against}, sigmas, bare, source, (request.seed,))
+            tensors = {**shared, "text": against}
+            alone = ((0.0, without_regions(bare)),) if speed.isolate_reference else ()
+            negative = Conditioning(tensors, sigmas, bare, source, (request.seed,), alone, speed=speed)
         return Conditioning(
             tensors={**shared, "text": text},
             sigmas=sigmas,
             layout=layout,
             source=source,
             seeds=(request.seed,),
-            masks=mask_schedule(phases(layout, boxes, source, config.mask), sigmas),
+            masks=mask_schedule(
+                phases(layout, boxes, source, config.mask, isolated_reference=speed.isolate_reference), sigmas
+            ),
             negative=negative,
             scale=config.true_cfg or 1.0,
+            speed=speed,
+            notes=notes,
         )
 
     def noise(self, cond: Conditioning) -> Tensor:
@@ -96,12 +104,10 @@ class QwenImageEdit:
             None, len(cond.seeds), self._channels, size.height, size.width, dtype, self._device, generators(cond.seeds)
         )[0]
 
-    def velocity(self, cond: Conditioning) -> Velocity:
+    def velocity(self, cond: Conditioning) -> Stepper:
         """v(x, sigma); see Backbone."""
-        positive = self._branch(cond, "cond")
-        if cond.negative is None:
-            return positive
-        return guide(positive, self._branch(cond.negative, "uncond"), cond.scale, rescale=True)
+        engine = Engine(self.pipe.transformer, self._forward, self.attention, self._device)
+        return Stepper(engine, cond, rescale=True)
 
     @torch.no_grad()
     def decode(self, latent: Tensor, cond: Conditioning) -> Image:
@@ -229,31 +235,31 @@ class QwenImageEdit:
             return {}
         return {"guidance": torch.full([1], config.guidance, device=self._device, dtype=torch.float32)}
 
-    def _branch(self, cond: Conditioning, name: str) -> Velocity:
-        """v(x, sigma) of one prompt, without guidance against another."""
-        transformer, tensors = self.pipe.transformer, cond.tensors
-        masked = masking(transformer, cond, self.attention, self._device)
-        per_sigma = self.pipe.scheduler.config.num_train_timesteps
-        shapes = [(1, grid.rows, grid.columns) for grid in (cond.layout.noise, *cond.layout.refs)]
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            batch = x.shape[0]
-            time = (sigma * per_sigma).to(x.device).expand(batch).to(x.dtype)
-            guidance = tensors.get("guidance")
-            with transformer.cache_context(name), masked(sigma) as kwargs:
-                out = transformer(
-                    hidden_states=torch.cat([x, tensors["reference"].expand(batch, -1, -1)], dim=1),
-                    timestep=time / 1000,
-                    guidance=None if guidance is None else guidance.expand(batch),
-                    encoder_hidden_states_mask=None,
-                    encoder_hidden_states=tensors["text"].expand(batch, -1, -1),
-                    img_shapes=[shapes] * batch,
-                    attention_kwargs=kwargs,
-                    return_dict=False,
-                )[0]
-            return out[:, : x.shape[1]]
-
-        return velocity
+    def _forward(self, query: Query, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The transformer over the tokens of a query, one prompt."""
+        transformer, batch, device = self.pipe.transformer, len(query.hidden), query.hidden.device
+        time = (sigma * self.pipe.scheduler.config.num_train_timesteps).to(device)
+        guidance = cond.tensors.get("guidance")
+        grid = cond.layout.noise
+        shapes = [(1, each.rows, each.columns) for each in (grid, *cond.layout.refs)]
+        kwargs = query.kwargs
+        if query.step is not None:
+            image, text = transformer.pos_embed([shapes], max_txt_seq_len=query.text.shape[1], device=device)
+            kwargs = {"attention_mask": replace(query.step, rope=(image[query.image_Q], text[query.text_T]))}
+            # only their numbers count now, and which of them are noise
+            queried, few = query.hidden.shape[1], math.gcd(query.noise, 64)
+            noise = shapes[0] if query.noise == grid.columns * grid.rows else (1, query.noise // few, few)
+            shapes = [noise, *shapes[1:]] if queried > query.noise else [noise]
+        return transformer(
+            hidden_states=query.hidden,
+            timestep=time.expand(batch).to(query.hidden.dtype) / 1000,
+            guidance=None if guidance is None else guidance.expand(batch),
+            encoder_hidden_states_mask=None,
+            encoder_hidden_states=query.text,
+            img_shapes=[shapes] * batch,
+            attention_kwargs=kwargs,
+            return_dict=False,
+        )[0]
 
 
 def frame(source: Size, config: EditConfig, token: int) -> Size:
