@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from replan.demo.boxes import MAX_HINT
 from replan.demo.examples import examples
 from replan.demo.forms import MOST_WORDS
 from replan.demo.handlers import Handlers
+from replan.demo.jobs import STOPPING
 from replan.demo.matrix import matrix_value, share_line
 from replan.demo.notice import notice
 from replan.demo.session import Session
@@ -26,6 +28,7 @@ DOWNLOAD = """(d) => { if (!d || !d.href) return; const [head, body] = d.href.sp
 const data = Uint8Array.from(bytes, (c) => c.charCodeAt(0)), a = document.createElement('a');
 a.href = URL.createObjectURL(new Blob([data], {type: head.slice(5).split(';')[0]})); a.download = d.name; a.click();
 setTimeout(() => URL.revokeObjectURL(a.href), 10000); }"""
+LEAVE = "(told) => { if (told && told.waits) document.querySelector('#leave-queue').click(); }"
 HEADER = """<header class="top"><h1>RePlan</h1><p>Plan the regions, correct them, then edit each by its own hint.</p>
 <button type="button" class="dark-switch" aria-label="Light or dark">◐</button></header>"""
 SWITCH = "element.querySelector('.dark-switch').addEventListener('click', () => document.body.classList.toggle('dark'))"
@@ -71,6 +74,8 @@ class Ui:
     save_picture: gr.Button
     command: gr.Textbox
     parcel: gr.JSON
+    leave: gr.JSON
+    out: gr.Button
 
     @property
     def form(self) -> list[Any]:
@@ -109,7 +114,8 @@ def build(studio: Studio) -> gr.Blocks:
                         )
                     with gr.Tab("Plan file & command"):
                         parts |= _share()
-        parts["parcel"] = gr.JSON(visible=False)
+        parts["parcel"], parts["leave"] = gr.JSON(visible=False), gr.JSON(visible=False)
+        parts["out"] = gr.Button(visible="hidden", elem_id="leave-queue")
         ui = Ui(**parts)
         _wire(ui, Handlers(studio, ui, examples()))
     return demo
@@ -249,9 +255,14 @@ def _wire_jobs(ui: Ui, on: Handlers, state: list[Any]) -> None:
             handler, state, on.job_outputs, concurrency_id="models", concurrency_limit=1, api_visibility="private",
             show_progress="minimal", show_progress_on=[ui.notice],
         )  # fmt: skip
-        job.then(on.end, [ui.session], [*ui.buttons, ui.cancel], **QUIET)
+        job.then(on.end, [ui.session], on.button_outputs, **QUIET)
         jobs.append(job)
-    ui.cancel.click(on.cancel, [ui.session], [*on.button_outputs, ui.viewer], cancels=jobs, **QUIET)
+    ui.cancel.click(None, None, ui.notice, js=f"() => {json.dumps(notice(STOPPING, 'wait'))}", **QUIET)
+    asked = ui.cancel.click(on.cancel, [ui.session], [ui.leave, ui.notice], **QUIET)
+    # Gradio's own cancelling is for jobs that wait: it cuts the stream of a running one, and its last previews, still
+    # on their way, would be drawn over whatever is written after them.
+    asked.then(None, [ui.leave], None, js=LEAVE, **QUIET)
+    ui.out.click(None, None, None, cancels=jobs, **QUIET)
 
 
 def style() -> str:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Update = dict[Any, Any]
 NO_PICTURE = "Choose a picture first: drop one on the canvas, upload one, or pick an example."
+UNCHANGED = "picture, boxes and prompts are as they were."
+STOPPING = "Stopping after the step under way …"
 MEMORY = "The device is out of memory. Use fewer candidates or start the demo with --offload model."
 
 
@@ -50,7 +52,7 @@ class Jobs:
 
     @property
     def job_outputs(self) -> list[Any]:
-        return [*self.plan_outputs, self.ui.viewer, self.ui.history, self.ui.seed]
+        return [*self.plan_outputs, self.ui.viewer, self.ui.history, self.ui.seed, *self.ui.buttons, self.ui.cancel]
 
     # --- begin, end, cancel ---
     def begin(self, session: Session) -> Update:
@@ -59,21 +61,26 @@ class Jobs:
         return self._buttons(running=True) | {self.ui.notice: notice("Waiting …", "wait")}
 
     def end(self, session: Session) -> Update:
-        """The job is over, whichever way."""
-        session.job = None
-        return self._buttons(running=False)
+        """The stream of a job is over, whichever way. Gradio may call this twice for a job that left the queue."""
+        job, update = session.job, self._buttons(running=False)
+        if job is not None and job.stage == "running":  # a call that came late: the next job has begun
+            return {self.ui.cancel: gr.update()}
+        if job is not None and job.cancelled and job.stage == "waiting":
+            update[self.ui.notice] = notice(f"Cancelled, {UNCHANGED}", "warn")
+        if job is not None and (job.cancelled or job.stage == "over"):
+            session.job = None
+        return update
 
     def cancel(self, session: Session) -> Update:
-        """Stop after the step under way; everything the user made stays."""
-        job, session.job = session.job, None
-        if job is not None:
-            job.cancelled = True
-            if job.stage != "waiting":
-                job.ended.wait(60)
-        text = "Cancelled. Picture, boxes and prompts are as they were."
-        return self._buttons(running=False) | {
-            self.ui.notice: notice(text, "warn"), self.ui.viewer: self._last(session)
-        }  # fmt: skip
+        """Stop after the step under way, or leave the queue.
+
+        A running job tells its end itself, in its own stream: what is written from here could be overtaken by an
+        older preview that still waits to be drawn.
+        """
+        ui, job = self.ui, session.job
+        if job is None or job.stage == "over":
+            return {ui.leave: {}, ui.notice: notice("There is nothing left to cancel.")}
+        return {ui.leave: {"waits": job.cancel()}}
 
     def _buttons(self, *, running: bool) -> Update:
         states: Update = {button: gr.update(interactive=not running) for button in self.ui.buttons}
@@ -83,17 +90,17 @@ class Jobs:
     def plan(self, session: Session, *values: Any) -> Iterator[Update]:
         """Plan; the boxes appear on the canvas."""
         form, job = Form(*values), session.job or Job()
-        yield from self._guarded(session, self._plan(session, form, job))
+        yield from self._guarded(session, job, self._plan(session, form, job))
 
     def edit(self, session: Session, *values: Any) -> Iterator[Update]:
         """Edit by what is on screen."""
         form, job = Form(*values), session.job or Job()
-        yield from self._guarded(session, self._edit(session, form, job, None))
+        yield from self._guarded(session, job, self._edit(session, form, job, None))
 
     def plan_and_edit(self, session: Session, *values: Any) -> Iterator[Update]:
         """Both in one go; with the baseline there is nothing to plan."""
         form, job = Form(*values), session.job or Job()
-        yield from self._guarded(session, self._both(session, form, job))
+        yield from self._guarded(session, job, self._both(session, form, job))
 
     def _both(self, session: Session, form: Form, job: Job) -> Iterator[Update]:
         drawn = None
@@ -104,15 +111,21 @@ class Jobs:
             form = replace(form, prompt=session.plan.prompt if session.plan else "")
         yield from self._edit(session, form, job, drawn)
 
-    def _guarded(self, session: Session, updates: Iterator[Update]) -> Iterator[Update]:
-        """The updates; an error becomes a line that says what to do, and the last true result comes back."""
+    def _guarded(self, session: Session, job: Job, updates: Iterator[Update]) -> Iterator[Update]:
+        """The updates; an error becomes a line that says what to do, and the last true result comes back.
+
+        A job that left the queue before its turn does nothing.
+        """
         from replan.denoise import Cancelled
 
         ui = self.ui
+        if not job.start():
+            return
+        yield self._buttons(running=True)
         try:
             yield from updates
         except Cancelled as error:
-            text = f"Cancelled, {error}. Picture, boxes and prompts are as they were."
+            text = f"Cancelled, {error}; {UNCHANGED}"
             yield {ui.notice: notice(text, "warn"), ui.viewer: self._last(session)}
         except ReplanError as error:
             yield {ui.notice: notice(str(error), "error"), ui.viewer: self._last(session)}
@@ -120,6 +133,8 @@ class Jobs:
             log.exception("a job failed")
             text = MEMORY if type(error).__name__ == "OutOfMemoryError" else f"The model failed: {error}"
             yield {ui.notice: notice(text, "error"), ui.viewer: self._last(session)}
+        finally:
+            job.stage = "over"
 
     # --- planning ---
     def _plan(self, session: Session, form: Form, job: Job) -> Iterator[Update]:

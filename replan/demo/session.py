@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from replan.demo.board import Board
 
@@ -18,13 +18,31 @@ if TYPE_CHECKING:
 MOST_ENTRIES = 12
 
 
-@dataclass(slots=True)
 class Job:
-    """One press of a button. `cancelled` is set by the user or when the page goes away, and read after each step."""
+    """One press of a button: waiting in the queue, then running, then over.
 
-    cancelled: bool = False
-    stage: str = "waiting"
-    ended: threading.Event = field(default_factory=threading.Event)
+    `cancelled` is set by the user or when the page goes away, and read after each step.
+    """
+
+    __slots__ = ("_lock", "cancelled", "stage")
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.stage: Literal["waiting", "running", "over"] = "waiting"
+        self._lock = threading.Lock()
+
+    def start(self) -> bool:
+        """Its turn has come; False when it was cancelled before that."""
+        with self._lock:
+            if not self.cancelled:
+                self.stage = "running"
+            return not self.cancelled
+
+    def cancel(self) -> bool:
+        """Ask it to stop; True when it was still waiting, so that it will never start."""
+        with self._lock:
+            self.cancelled = True
+            return self.stage == "waiting"
 
 
 @dataclass(frozen=True, slots=True)

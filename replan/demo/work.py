@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from replan.types import Edit, EditRequest, Plan
 
 T = TypeVar("T")
+OFTEN = 0.1  # seconds between two reports: a page that is told faster than it can draw falls behind
 SPARE = 4  # decoding previews may take this share of the time: one part in four
 
 
@@ -64,10 +65,7 @@ def run(act: Callable[[Say], T], job: Job) -> Iterator[Event | Done[T]]:
             channel.put(Done(act(channel.put)))
         except BaseException as error:  # carried over to the listening thread, which raises it
             channel.put(error)
-        finally:
-            job.ended.set()
 
-    job.ended.clear()
     thread = threading.Thread(target=target, name="replan-demo-job", daemon=True)
     thread.start()
     over = False
@@ -93,7 +91,6 @@ def make_plan(studio: Studio, planner: str, request: EditRequest, job: Job) -> C
         with studio.busy():
             if job.cancelled:
                 raise Cancelled("stopped before planning")
-            job.stage = "planning"
             model = studio.planner(planner)
 
             def on_text(answer: str) -> bool:
@@ -125,9 +122,7 @@ def make_edits(
         with studio.busy():
             if job.cancelled:
                 raise Cancelled("stopped before the first step")
-            job.stage = "loading"
             editor = open_editor()
-            job.stage = "editing"
             on_step = _reporter(say, job)
             if not baseline:
                 return tuple(editor.candidates(request, count, on_step, strict=True))
@@ -140,10 +135,10 @@ def make_edits(
 def _reporter(say: Say, job: Job) -> OnStep:
     """An on_step that tells step, time left and, as often as it can be afforded, a preview."""
     start = time.monotonic()
-    shown, cost = 0.0, 0.0
+    said, shown, cost = 0.0, 0.0, 0.0
 
     def on_step(step: int, total: int, preview: Callable[[], Image]) -> bool:
-        nonlocal shown, cost
+        nonlocal said, shown, cost
         if job.cancelled:
             return False
         now = time.monotonic()
@@ -152,7 +147,9 @@ def _reporter(say: Say, job: Job) -> OnStep:
             image = preview()
             shown = time.monotonic()
             cost = shown - now
-        say(Step(step, total, (time.monotonic() - start) / step * (total - step), image))
+        if image is not None or step in (1, total) or now - said >= OFTEN:
+            said = now
+            say(Step(step, total, (time.monotonic() - start) / step * (total - step), image))
         return not job.cancelled
 
     return on_step

@@ -16,7 +16,6 @@ function load() {
     button.append(image, text); list.appendChild(button);
   });
   if (!(value.items || []).length) { const none = document.createElement('p'); none.textContent = value.empty || ''; list.appendChild(none); }
-  props.value = { stamp };
 }
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-at]'); if (button) trigger('picked', { index: +button.dataset.at });

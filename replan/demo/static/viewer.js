@@ -13,8 +13,7 @@ function load() {
   if (value.state) root.dataset.state = value.state;
   if (value.live) put('.vw-after', value.live);
   if (value.steps !== undefined) { $('.vw-steps').textContent = value.steps; $('.vw-fill').style.width = `${100 * (value.share || 0)}%`; }
-  if (root.dataset.state === 'done') show();
-  props.value = { stamp, chosen };
+  if (root.dataset.state === 'done') show();  // props.value stays: writing here could undo news that just came in
 }
 function show() {
   const shot = shots[chosen]; if (!shot) return;
@@ -39,7 +38,7 @@ element.addEventListener('click', (event) => {
     mode = root.dataset.mode = look.dataset.mode;
     for (const one of element.querySelectorAll('.vw-modes button')) one.setAttribute('aria-pressed', String(one === look));
   }
-  if (pick) { chosen = +pick.dataset.at; show(); props.value = { stamp, chosen }; trigger('chosen', { index: chosen }); }
+  if (pick) { chosen = +pick.dataset.at; show(); trigger('chosen', { index: chosen }); }
 });
 $('.vw-slide').addEventListener('input', (event) => root.style.setProperty('--cut', `${event.target.value}%`));
 watch('value', load); load();
