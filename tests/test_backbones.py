@@ -24,6 +24,7 @@ from replan.backbones.flux_kontext import FluxKontext, frame
 from replan.backbones.qwen_image_edit import QwenImageEdit, fitted, picture_processor
 from replan.backbones.qwen_image_edit_plus import QwenImageEditPlus
 from replan.backbones.runtime import Runtime
+from replan.cli.options import Flags
 from replan.config import load
 from replan.denoise import sample
 from replan.errors import BackboneError, ConfigError
@@ -225,6 +226,41 @@ def test_folders_are_known_by_their_class(flux_folder: Path, qwen_folder: Path) 
     assert isinstance(load_backbone(str(flux_folder), CPU), FluxKontext)
     assert isinstance(load_backbone(str(qwen_folder), CPU), QwenImageEdit)
     assert find(str(flux_folder))[0].name == "flux-kontext"
+
+
+def test_a_folder_names_its_settings(flux_folder: Path, tmp_path: Path) -> None:
+    index, note = tmp_path / "model_index.json", tmp_path / "replan.yaml"
+    index.write_text((flux_folder / "model_index.json").read_text())
+    assert default_config(str(tmp_path)) == default_config("flux-kontext")
+    note.write_text("config: edit/mini\n")
+    assert default_config(str(tmp_path)) == default_config("mini")
+    assert Flags(backbone=str(tmp_path), settings=("steps=3",)).setup().config == replace(
+        default_config("mini"), steps=3
+    )
+    for text in ("config: ../secrets\n", "config: eval/bench\n", "steps: 9\n", "config: [edit/mini]\n"):
+        note.write_text(text)
+        with pytest.raises(ConfigError, match=r"replan\.yaml: must be one line, config: NAME, with one of edit/flux"):
+            find(str(tmp_path))
+    note.write_text("config: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        find(str(tmp_path))
+
+
+def test_a_trained_mini_editor_goes_by_its_folder_alone(tmp_path: Path) -> None:
+    """What `replan train mini-editor` saves, untrained, edits at the mini's size with the mini's settings."""
+    from replan.mini.train_autoencoder import build_autoencoder
+    from replan.mini.train_editor import Editor as MiniEditor
+    from replan.mini.train_editor import all_texts, build_clip_tokenizer, build_t5_tokenizer, save_editor
+
+    texts = all_texts(50)
+    tokenizers = build_clip_tokenizer(texts), build_t5_tokenizer(texts)
+    autoencoder = build_autoencoder()
+    autoencoder.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    save_editor(MiniEditor(*map(len, tokenizers)), autoencoder, tokenizers, tmp_path / "editor")
+    setup = Flags(backbone=str(tmp_path / "editor"), device="cpu").setup()
+    assert setup.config == default_config("mini")
+    edited = setup.open().baseline(EditRequest(picture(96, 96), "make it red"))
+    assert edited.image.size == (96, 96)
 
 
 def test_what_cannot_be_loaded_is_named(flux_folder: Path, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from replan.backbones.base import Backbone, Conditioning, EditConfig
 from replan.backbones.runtime import Runtime, guard
-from replan.config import load, nearest
+from replan.config import config_names, load, nearest, read
 from replan.errors import BackboneError, ConfigError
 from replan.types import Grid, Size
 
@@ -60,6 +60,7 @@ BACKBONES = (
 def find(name: str) -> tuple[Row, str]:
     """(row, weights) of a name of the table, a folder, or a hub id `owner/name`, whose class its model_index.json says.
 
+    A folder may say in its replan.yaml which settings it was made for (`config: edit/mini`); the row then has those.
     Raises ConfigError for an unknown name, BackboneError when the folder or id holds no pipeline that we know.
     """
     for row in BACKBONES:
@@ -74,7 +75,7 @@ def find(name: str) -> tuple[Row, str]:
     kind = _pipeline_class(name)
     for row in reversed(BACKBONES):  # of two rows with one class the real model, not the mini one, lends its settings
         if row.pipeline == kind:
-            return row, name
+            return replace(row, config=_own_config(Path(name)) or row.config), name
     known = ", ".join(dict.fromkeys(row.pipeline for row in BACKBONES))
     raise BackboneError(f"model {name}: is a {kind}; replan can drive {known}")
 
@@ -112,6 +113,19 @@ def _token_pixels(weights: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         return 16  # every published model of these classes
     return 2 * 2**halvings
+
+
+def _own_config(folder: Path) -> str | None:
+    """The settings that a folder names. Only the package's own: a folder from elsewhere brings no values of its own."""
+    note = folder / "replan.yaml"
+    if not note.is_file():
+        return None
+    values = read(note)
+    own = values.get("config")
+    known = [known for known in config_names() if known.startswith("edit/")]
+    if list(values) != ["config"] or own not in known:
+        raise ConfigError(f"{note}: must be one line, config: NAME, with one of {', '.join(known)}")
+    return own
 
 
 def _pipeline_class(weights: str) -> str:

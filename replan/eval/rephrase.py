@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from replan.chat import Patient, Question, is_service, open_service
+from replan.chat import ChatError, Patient, Question, Refused, is_service, open_service
 from replan.errors import PlannerError
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ def prompt_hash() -> str:
 
 
 def load_rewriter(spec: str, runtime: Runtime) -> Rewriter:
-    """A service (see replan.chat.open_service), or a local model's hub id or folder, loaded at the first call."""
+    """A service (see replan.chat.open_service), or a local model's hub id or folder, loaded at the first call.
+
+    The rewriter raises PlannerError when the model fails. Raises ConfigError for a service without model or key.
+    """
     if is_service(spec):
-        service, _ = open_service(spec, TIMEOUT)
-        patient = Patient(service, RETRIES)
-        return lambda text: read_rewrite(patient.ask(Question([_prompt(text)], MAX_TOKENS)).text)
+        return _remote(spec)
     local: list[Any] = []
     lock = threading.Lock()
 
@@ -45,6 +46,23 @@ def load_rewriter(spec: str, runtime: Runtime) -> Rewriter:
             if not local:
                 local.append(_load_local(spec, runtime))
             return read_rewrite(local[0](_prompt(text)))
+
+    return rewrite
+
+
+def _remote(spec: str) -> Rewriter:
+    """A rewriter behind a service; an outage is the planner's, never an unusable plan or a score."""
+    try:
+        service, model = open_service(spec, TIMEOUT)
+    except ChatError as error:
+        raise PlannerError(f"rewriter {spec!r}: {error}") from error
+    patient = Patient(service, RETRIES)
+
+    def rewrite(text: str) -> str:
+        try:
+            return read_rewrite(patient.ask(Question([_prompt(text)], MAX_TOKENS)).text)
+        except (ChatError, Refused) as error:
+            raise PlannerError(f"rewriter {model}: {error}") from error
 
     return rewrite
 

@@ -280,6 +280,7 @@ def save_editor(editor: Editor, vae: AutoencoderKL, tokenizers: Tokenizers, fold
         transformer=editor.transformer,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    (folder / "replan.yaml").write_text("config: edit/mini\n")  # so that `-b folder` edits with the mini's settings
     pipeline.to(torch.float32)
 
 

@@ -15,7 +15,7 @@ from replan import config
 from replan.backbones.instruct_pix2pix import InstructPix2Pix
 from replan.backbones.runtime import Runtime
 from replan.errors import BackboneError, PlannerError
-from replan.eval import methods
+from replan.eval import methods, rephrase
 from replan.eval.data import DataConfig, load_bench
 from replan.eval.generate import generate, read_done
 from replan.eval.rephrase import load_rewriter, read_rewrite
@@ -110,6 +110,21 @@ def test_rephrase_sends_the_instruction_alone_and_keeps_the_request(flux_folder:
     assert done is not None
     assert (done["instruction"], done["plan"]) == (item.instruction, None)
     assert "instruction rewritten: make the cup red" in done["notes"]
+
+
+def test_an_outage_of_the_rewriter_is_the_planners_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rephrase, "RETRIES", 0)
+    with serve() as server:
+        server.script = [Answer({"error": {"message": "asleep"}}, status=503), Answer({"error": {}}, status=401)]
+        rewrite = load_rewriter(f"{server.url}/v1#m", Runtime(device="cpu"))
+        for told in ("rewriter m: .*503", "rewriter m: .*401"):
+            with pytest.raises(PlannerError, match=told):
+                rewrite("make it red")
+    nobody = "http://127.0.0.1:9/v1"
+    with pytest.raises(PlannerError, match="rewriter m: no connection"):
+        load_rewriter(f"{nobody}#m", Runtime(device="cpu"))("make it red")
+    with pytest.raises(PlannerError, match="which models it has"):
+        load_rewriter(nobody, Runtime(device="cpu"))
 
 
 def test_rewrites() -> None:
