@@ -77,14 +77,16 @@ class EditCall(Message):
     version: Literal[1] = 1
     id: RequestId = None
     image: Picture
-    extra_images: list[Picture] = Field([], max_length=8, description="Further pictures to look at.")
-    instruction: str = Field("", max_length=4000, description="May be empty when there is a plan.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Same seed, same picture.")
-    plan: dict[str, Any] | None = Field(None, description="A plan file's content; see `replan plan`.")
-    baseline: bool | None = Field(None, description="No plan and no regions; null: as the service was started.")
-    strict: bool = Field(False, description="Refuse when planning fails, instead of editing by the bare instruction.")
+    extra_images: list[Picture] = Field(default=[], max_length=8, description="Further pictures to look at.")
+    instruction: str = Field(default="", max_length=4000, description="May be empty when there is a plan.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Same seed, same picture.")
+    plan: dict[str, Any] | None = Field(default=None, description="A plan file's content; see `replan plan`.")
+    baseline: bool | None = Field(default=None, description="No plan and no regions; null: as the service was started.")
+    strict: bool = Field(
+        default=False, description="Refuse when planning fails, instead of editing by the bare instruction."
+    )
     settings: dict[str, Any] = Field(
-        {}, max_length=32, description="Edit settings by dotted name, such as steps or mask.expand."
+        default={}, max_length=32, description="Edit settings by dotted name, such as steps or mask.expand."
     )
     timeout: Timeout = None
 
@@ -130,15 +132,17 @@ class JudgeCall(Message):
 
     version: Literal[1] = 1
     id: RequestId = None
-    case: int = Field(0, description="The item's number, for logs and for judges that know their items.")
+    case: int = Field(default=0, description="The item's number, for logs and for judges that know their items.")
     source: Picture
     result: Picture
     instruction: str = Field(max_length=4000)
-    expression: str = Field("", max_length=4000, description="What the instruction refers to.")
+    expression: str = Field(default="", max_length=4000, description="What the instruction refers to.")
     dimensions: list[Literal["target", "effect", "consistency", "quality"]] = Field(
-        ["target", "effect", "consistency", "quality"], min_length=1, max_length=4
+        default=["target", "effect", "consistency", "quality"], min_length=1, max_length=4
     )
-    extra: dict[str, Any] = Field({}, max_length=64, description="The row's extra_info; the mini judge needs it.")
+    extra: dict[str, Any] = Field(
+        default={}, max_length=64, description="The row's extra_info; the mini judge needs it."
+    )
     timeout: Timeout = None
 
 
@@ -191,7 +195,7 @@ class Trouble(Message):
 
     type: Literal["invalid", "too_large", "conflict", "busy", "loading", "timeout", "unavailable", "failed", "unknown"]
     message: str
-    field: str | None = Field(None, description="What in the request is at fault.")
+    field: str | None = Field(default=None, description="What in the request is at fault.")
     id: str | None = None
 
 

@@ -1,0 +1,209 @@
+"""The editor in the shapes of two older services, for their clients: thin, and with the manners of our own.
+
+`POST /v1/images/generations`  the first RePlan's edit server: a planner's answer in, base64 PNG out
+`POST /edit`, `/edit-upload`   the editing services of related projects: a prompt in, base64 PNG out, no input echoed
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import Form, Request, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+
+from replan import plan as plans
+from replan.errors import PlanError
+from replan.serve import wire
+from replan.serve.app import Service
+from replan.serve.editing import picture
+from replan.serve.limits import Limits, Problem, invalid
+from replan.types import Box, Plan, Region, Size
+
+Edit = Callable[[Request, wire.EditCall], Awaitable[wire.EditReply]]
+_OLD_ROLES = (
+    (r"main prompt", "main"), (r"image prompt", "vision"), (r"hint (\d+)", r"hint \1"),
+    (r"noise bbox (\d+)", r"noise region \1"), (r"image bbox (\d+)", r"ref region \1"), (r"bbox (\d+)", r"region \1"),
+    (r"noise background", "noise background"), (r"image background", "ref background"), (r"background", "background"),
+)  # fmt: skip
+EXAMPLE_ANSWER = (
+    "<think>the left cup is meant</think><gen_image>keep the rest</gen_image>"
+    '<region>[{"bbox_2d": [2, 2, 9, 12], "hint": "a red cup"}]</region>'
+)
+
+
+class Generation(BaseModel):
+    """Fields of the first RePlan's edit server, with its defaults. Seeds were random there; here a call has one."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "examples": [{"image_base64": wire.EXAMPLE_PNG, "instruction": "make it red", "response": EXAMPLE_ANSWER}]
+        },
+    )
+
+    image_base64: wire.Picture
+    instruction: str = Field(max_length=4000)
+    response: str = Field(max_length=100_000, description="The planner's answer, word for word.")
+    delete_main_prompt: bool = False
+    replace_global_prompt: bool = False
+    custom_global_prompt_text: str | None = Field(default=None, max_length=4000)
+    expand_value: float = Field(default=0.15, ge=0)
+    expand_mode: Literal["ratio", "pixels"] = "ratio"
+    attention_rules: dict[str, bool] | None = Field(
+        default=None, description='{"Hint 1, BBox 1": true}; absent = false.'
+    )
+    bboxes_attend_to_each_other: bool = True
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Wanted(BaseModel):
+    """What the related editing services take, models taken together. Sizes follow the picture."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={"examples": [{"image": wire.EXAMPLE_PNG, "prompt": "make it red", "seed": 7}]},
+    )
+
+    image: wire.Picture
+    prompt: str = Field(min_length=1, max_length=4000)
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Null draws one; the reply names it.")
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0)
+    negative_prompt: str | None = Field(default=None, max_length=4000)
+    enhance_prompt: bool | None = Field(
+        default=None, description="Accepted and without effect: the planner does this here."
+    )
+
+
+def add_adapters(service: Service, edit: Edit) -> None:
+    """Add the routes to an editor's app."""
+    app, limits = service.app, service.limits
+
+    @app.post("/v1/images/generations", tags=["other shapes"], summary="Edit by a planner's answer")
+    async def generations(request: Request, call: Generation) -> dict[str, Any]:
+        """The first RePlan's edit server."""
+        reply = await edit(request, by_answer(call, limits))
+        return {"data": [{"final_image_base64": reply.image}]}
+
+    async def wanted(request: Request, call: Wanted) -> dict[str, Any]:
+        start = time.monotonic()
+        guided = service.engine.describe().get("config", {}).get("true_cfg") is not None
+        reply = await edit(request, by_prompt(call, guided=guided))
+        return {
+            "success": True,
+            "task_id": reply.id,
+            "edited_image": reply.image,
+            "seed": reply.seed,
+            "original_prompt": call.prompt,
+            "enhanced_prompt": reply.plan["prompt"] if reply.plan and reply.plan.get("prompt") else call.prompt,
+            "gpu_id": 0,
+            "processing_time": round(time.monotonic() - start, 4),
+            "error": None,
+        }
+
+    @app.post("/edit", tags=["other shapes"], summary="Edit by a prompt, JSON")
+    async def edit_json(request: Request, call: Wanted) -> dict[str, Any]:
+        """The related services' shape, without the echo of the picture that was sent."""
+        return await wanted(request, call)
+
+    @app.post("/edit-upload", tags=["other shapes"], summary="Edit by a prompt, multipart")
+    async def edit_upload(
+        request: Request,
+        image_file: UploadFile,
+        prompt: Annotated[str, Form(min_length=1, max_length=4000)],
+        seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
+        num_inference_steps: Annotated[int | None, Form(ge=1)] = None,
+        guidance_scale: Annotated[float | None, Form(ge=0)] = None,
+        negative_prompt: Annotated[str | None, Form(max_length=4000)] = None,
+    ) -> dict[str, Any]:
+        """The same with the picture as a file."""
+        content = await image_file.read()
+        if not content:
+            raise invalid("image_file", "is empty")
+        call = Wanted(
+            image=base64.b64encode(content).decode("ascii"),
+            prompt=prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+        return await wanted(request, call)
+
+
+def by_prompt(call: Wanted, *, guided: bool) -> wire.EditCall:
+    """Our call. Guidance is the true CFG scale with backbones that run with one."""
+    settings = {
+        "steps": call.num_inference_steps,
+        "true_cfg" if guided else "guidance": call.guidance_scale,
+        "negative_prompt": call.negative_prompt,
+    }
+    return wire.EditCall(
+        id=uuid.uuid4().hex,
+        image=call.image,
+        instruction=call.prompt,
+        seed=secrets.randbelow(2**31) if call.seed is None else call.seed,
+        settings={name: value for name, value in settings.items() if value is not None},
+    )
+
+
+def by_answer(call: Generation, limits: Limits) -> wire.EditCall:
+    """Our call, with the answer parsed. Raises Problem that names the field."""
+    size = Size(*picture(call.image_base64, "image_base64", limits).size)
+    try:
+        plan = plans.parse(call.response, size)
+    except PlanError as error:
+        raise invalid("response", error) from error
+    if call.replace_global_prompt:
+        plan = _replaced(plan, prompt=call.custom_global_prompt_text or plans.KEEP)
+    if call.expand_mode == "pixels":
+        by = int(call.expand_value)
+        grown = (Box(r.box.left - by, r.box.top - by, r.box.right + by, r.box.bottom + by) for r in plan.regions)
+        pairs = zip(plan.regions, grown, strict=True)
+        plan = _replaced(plan, regions=tuple(Region(box.clip(size), r.hint, r.point) for r, box in pairs))
+    settings: dict[str, Any] = {
+        "mask.expand": 0.0 if call.expand_mode == "pixels" else call.expand_value,
+        "mask.mutual": call.bboxes_attend_to_each_other,
+        "mask.hide_main": call.delete_main_prompt,
+    }
+    if call.attention_rules is not None:
+        settings["mask.rules"] = [{"until": 1.0, "rows": rows(call.attention_rules)}]
+    return wire.EditCall(
+        id=uuid.uuid4().hex, image=call.image_base64, instruction=call.instruction, seed=call.seed,
+        plan=plans.to_json(plan), settings=settings,
+    )  # fmt: skip
+
+
+def rows(rules: dict[str, bool]) -> list[str]:
+    """{"reader, read": bool} as lines of a rules file; whatever is not there is not read. Raises Problem."""
+    reads: dict[str, list[str]] = {}
+    for pair, allowed in rules.items():
+        reader, comma, read = pair.replace("|", ",").partition(",")
+        if not comma:
+            raise invalid("attention_rules", f"{pair!r}: write 'reader, read', for example 'Hint 1, BBox 1'")
+        names = (_role(reader), _role(read))
+        if allowed:
+            reads.setdefault(names[0], []).append(names[1])
+    return [f"{reader}: {', '.join('+' + name for name in found)}" for reader, found in reads.items()]
+
+
+def _role(name: str) -> str:
+    for pattern, ours in _OLD_ROLES:
+        match = re.fullmatch(pattern, name.strip(), re.IGNORECASE)
+        if match:
+            return match.expand(ours)
+    raise Problem(422, "invalid", f"{name.strip()!r}: no part of the sequence is called so", "attention_rules")
+
+
+def _replaced(plan: Plan, **changes: Any) -> Plan:
+    from dataclasses import replace
+
+    return replace(plan, **changes, raw="")
