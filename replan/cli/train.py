@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 train = typer.Typer(help="Train the mini models. A run that was stopped goes on where it was.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where state and result go; an old run there goes on.")]
+Family = Literal["flux", "qwen"]
 BATCH = "Pictures per step."
 LR = "Peak learning rate."
 
@@ -38,21 +39,28 @@ def mini_planner(
 @train.command("mini-editor")
 def mini_editor(
     folder: Folder,
+    family: Annotated[Family, typer.Option(help="Which editor's classes: Flux Kontext or Qwen-Image-Edit.")] = "flux",
     minutes: Annotated[float, typer.Option(min=0, help="Budget of the transformer over all restarts.")] = 88,
     vae_minutes: Annotated[float, typer.Option(min=0, help="Budget of the autoencoder.")] = 15,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes in the pool of encoded pictures.")] = 8000,
     batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 32,
     lr: Annotated[float, typer.Option(min=0, help=LR)] = 1.5e-3,
 ) -> None:
-    """Train the mini editor, a small Flux Kontext, and its autoencoder; the result is FOLDER/editor.
+    """Train the mini editor, a small Flux Kontext or Qwen-Image-Edit, and its autoencoder; the result is FOLDER/editor.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
       [cyan]OMP_NUM_THREADS=2 replan train mini-editor runs/editor[/cyan]
-      [cyan]replan edit picture.png "..." --backbone runs/editor/editor --config mini[/cyan]
+      [cyan]replan edit picture.png "..." --backbone runs/editor/editor[/cyan]
+      [cyan]OMP_NUM_THREADS=2 replan train mini-editor runs/qwen --family qwen[/cyan]
+      [cyan]replan edit picture.png "..." --backbone runs/qwen/editor[/cyan]
     """
     from replan.cli.console import out
-    from replan.mini.train_editor import train_editor
     from replan.mini.training import TrainConfig
+
+    if family == "qwen":
+        from replan.mini.train_qwen_editor import train_editor
+    else:
+        from replan.mini.train_editor import train_editor
 
     config = TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=500)
     train_editor(folder, config, vae_minutes, scenes)
