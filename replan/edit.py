@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from replan.backbones import Backbone, Conditioning, EditConfig, Runtime, default_config, load_backbone
+from replan.backbones.runtime import move
 from replan.background import paste_background
 from replan.errors import ConfigError, PlanError, ReplanError
 from replan.plan import AnswerError
@@ -38,6 +39,7 @@ class Editor:
         self.config = config
         self._planner: _Lazy[Planner | None] = _Lazy(lambda: planner)
         self._backbone: _Lazy[Backbone] = _Lazy(lambda: backbone)
+        self._runtime = Runtime()
 
     @classmethod
     def load(
@@ -58,6 +60,7 @@ class Editor:
         editor.config = config or default_config(backbone)
         editor._planner = _Lazy(lambda: None if planner is None else _load_planner(planner, planner_config, where))
         editor._backbone = _Lazy(lambda: load_backbone(backbone, where))
+        editor._runtime = where
         return editor
 
     @property
@@ -158,19 +161,21 @@ class Editor:
         if not bare:
             if request.plan is None:
                 with clock("load"):
-                    _ = self.planner
+                    self._bring(self._planner, leaves=self._backbone)
             with clock("plan"):
                 plan, notes = self._planned(request, strict)
         with clock("load"):
-            backbone = self.backbone
+            self._bring(self._backbone, leaves=self._planner)
         with clock("condition"):
-            cond = backbone.condition(request, plan, self.config)
-        return _Prepared(request, plan, notes, cond, clock)
+            cond = self.backbone.condition(request, plan, self.config)
+        return _Prepared(request, plan, (*notes, *getattr(cond, "notes", ())), cond, clock)
 
     def _sample(self, cond: Conditioning, on_step: OnStep | None, clock: _Clock) -> Tensor:
         """Clean latents [len(cond.seeds), P, C]."""
         from replan.denoise import sample
 
+        with clock("load"):
+            self._bring(self._backbone, leaves=self._planner)
         backbone = self.backbone
         with clock("sample"):
             report = None if on_step is None else _previewed(on_step, lambda x: backbone.decode(x[:1], cond))
@@ -186,6 +191,17 @@ class Editor:
                 boxes = [region.box.expand(self.config.mask.expand, size) for region in plan.regions]
                 image = paste_background(request.image, image, boxes)
         return Edit(replace(request, seed=seed), plan, image, prepared.notes, dict(clock.seconds))
+
+    def _bring(self, comes: _Lazy[Any], leaves: _Lazy[Any]) -> None:
+        """Load a model. With offload the other one leaves the device before, and comes back by the same call."""
+        offload = self._runtime.offload
+        # with the other kinds of offload hooks move the backbone's parts, and nobody else may
+        movable = {"none": (), "stages": (self._planner, self._backbone)}.get(offload, (self._planner,))
+        if leaves.made and leaves in movable:
+            move(leaves.get(), "cpu")
+        if comes.made and comes in movable:
+            move(comes.get(), self._runtime.torch_device())
+        comes.get()
 
     def _planned(self, request: EditRequest, strict: bool) -> tuple[Plan, tuple[str, ...]]:
         """The plan and the notes about it; on PlanError the instruction becomes the whole plan."""
@@ -206,7 +222,10 @@ class Editor:
 def _load_planner(spec: str, config: PlannerConfig | None, runtime: Runtime) -> Planner:
     from replan.planner import PlannerConfig, load_planner
 
-    return load_planner(spec, config or PlannerConfig(), runtime.torch_device(), runtime.torch_dtype())
+    config = config or PlannerConfig()
+    if config.cache == "auto" and runtime.compile:
+        config = replace(config, cache="static")
+    return load_planner(spec, config, runtime.torch_device(), runtime.torch_dtype())
 
 
 def _previewed(on_step: OnStep, decode: Callable[[Any], Image]) -> Callable[[int, int, Any], bool | None]:
@@ -218,12 +237,12 @@ class _Lazy(Generic[T]):
     """A value made once, when first asked for, by one thread."""
 
     def __init__(self, make: Callable[[], T]) -> None:
-        self._make, self._lock, self._made = make, threading.Lock(), False
+        self._make, self._lock, self.made = make, threading.Lock(), False
 
     def get(self) -> T:
         with self._lock:
-            if not self._made:
-                self._value, self._made = self._make(), True
+            if not self.made:
+                self._value, self.made = self._make(), True
             return self._value
 
 

@@ -98,6 +98,22 @@ def test_sampling_follows_the_seed_and_leaves_the_global_random_state(folders: d
     assert len({answers(planner, [asked], 0.0)[0] for asked in later}) == 1  # greedy: no seed
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_changes_no_answer(folders: dict[str, Path], family: str) -> None:
+    asked = requests(3)
+    assert answers(load(folders[family], cache="static"), asked, 0.0) == answers(load(folders[family]), asked, 0.0)
+
+
+def test_smaller_weights(folders: dict[str, Path]) -> None:
+    for quantize in ("fp8", "nf4"):
+        with pytest.raises(ConfigError, match=f"planner.quantize = {quantize}: needs a CUDA device"):
+            load(folders["qwen2_5_vl"], quantize=quantize)
+    pytest.importorskip("torchao")
+    small = load(folders["qwen2_5_vl"], quantize="int8")
+    assert type(small.model.model.language_model.layers[0].mlp.up_proj.weight).__name__ != "Parameter"
+    assert len(answers(small, requests(1), 0.0)[0]) > 0
+
+
 def test_batches_are_cut_to_size(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     planner = load(folders["qwen2_5_vl"], batch_size=2, max_new_tokens=4)
     sizes: list[int] = []

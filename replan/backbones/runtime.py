@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OFFLOADS = ("none", "model", "sequential", "group")
-EXECUTORS = ("auto", "dense", "flex")
+OFFLOADS = ("none", "stages", "model", "sequential", "group")
+EXECUTORS = ("auto", "dense", "flex", "cascade")
 QUANTIZERS = ("int8", "fp8", "nf4", "bnb-int8")
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,13 @@ class Runtime:
 
     device    auto (cuda, else mps, else cpu), or one of them, or cuda:1
     dtype     auto (bfloat16 on an accelerator, float32 on a CPU) or its name
-    offload   none; model: one part at a time on the accelerator; group: one layer group; sequential: one layer
-    quantize  int8 (torchao); on CUDA also fp8 (torchao), nf4 and bnb-int8 (bitsandbytes); None = as stored
-    compile   compile the transformer's blocks
-    attention executor of region masks: auto, dense or flex
+    offload   none; stages: planner and editor take turns on the accelerator; model: the editor's parts do so too;
+              group: one layer at a time, fetched while the one before computes; sequential: the same without haste
+    quantize  int8 (torchao); on CUDA also fp8 (torchao), nf4 and bnb-int8 (bitsandbytes); None = as stored;
+              or a GGUF file of the transformer (a path, or `owner/name:file.gguf`)
+    compile   compile the transformer's blocks, and the planner's forward with a cache of fixed size
+    vae_tiling  encode and decode pictures above the VAE's own size in tiles: less memory, seams possible
+    attention executor of region masks: auto, dense, flex or cascade
     lora      files, folders or hub ids (`owner/name` or `owner/name:file.safetensors`)
     """
 
@@ -40,6 +44,7 @@ class Runtime:
     offload: str = "none"
     quantize: str | None = None
     compile: bool = False
+    vae_tiling: bool = False
     attention: str = "auto"
     lora: tuple[str, ...] = ()
 
@@ -48,8 +53,12 @@ class Runtime:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("offload", self.offload, OFFLOADS)
         _one_of("attention", self.attention, EXECUTORS)
-        if self.quantize is not None:
-            _one_of("quantize", self.quantize, QUANTIZERS)
+        if self.quantize is not None and not self.quantize.endswith(GGUF):
+            _one_of("quantize", self.quantize, (*QUANTIZERS, "a .gguf file"))
+        if self.quantize == "bnb-int8" and self.offload == "stages":
+            raise ConfigError(
+                "offload = stages: bitsandbytes' 8-bit weights cannot be moved; use quantize = int8 or nf4"
+            )
         object.__setattr__(self, "lora", (self.lora,) if isinstance(self.lora, str) else tuple(self.lora or ()))
 
     def torch_device(self) -> torch.device:
@@ -79,16 +88,20 @@ def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Seq
     Raises BackboneError when it cannot be loaded, ConfigError when `runtime` asks for what is not there.
     """
     device, dtype = runtime.torch_device(), runtime.torch_dtype()
-    if runtime.offload in ("model", "sequential") and device.type == "cpu":
+    if runtime.offload in ("stages", "model", "sequential") and device.type == "cpu":
         raise ConfigError(f"offload = {runtime.offload}: needs an accelerator; on a CPU use none")
     extra: dict[str, Any] = dict(parts)
-    if runtime.quantize is not None:
+    if runtime.quantize is not None and runtime.quantize.endswith(GGUF):
+        extra["transformer"] = _gguf(kind, weights, runtime.quantize, dtype)
+    elif runtime.quantize is not None:
         if runtime.quantize != "int8" and device.type != "cuda":
             raise ConfigError(f"quantize = {runtime.quantize}: needs a CUDA device; int8 runs anywhere")
         extra["quantization_config"] = _quantization(runtime.quantize, ("transformer", *encoders), dtype)
     pipe = guard(f"model {weights}", lambda: kind.from_pretrained(weights, dtype=dtype, **extra))
     pipe.set_progress_bar_config(disable=True)
     _load_loras(pipe, runtime.lora)
+    if runtime.vae_tiling:
+        pipe.vae.enable_tiling()
     if runtime.compile:  # before the offload hooks, which wrap the compiled blocks
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     _place(pipe, runtime.offload, device)
@@ -108,7 +121,7 @@ def _place(pipe: Any, offload: str, device: torch.device) -> None:
     import torch
 
     match offload:
-        case "none":
+        case "none" | "stages":
             pipe.to(device)
         case "model":
             pipe.enable_model_cpu_offload(device=device)
@@ -119,8 +132,48 @@ def _place(pipe: Any, offload: str, device: torch.device) -> None:
                 onload_device=device,
                 offload_device=torch.device("cpu"),
                 offload_type="leaf_level",
-                use_stream=device.type == "cuda",
+                use_stream=device.type == "cuda",  # the next layer comes while this one computes
+                record_stream=device.type == "cuda",
             )
+
+
+def move(model: Any, device: torch.device | str) -> None:
+    """Bring a backbone or a local planner to `device`; what has no weights here stays. Freed memory is given back."""
+    import torch
+
+    target: Any = getattr(model, "pipe", None) or getattr(model, "model", None)
+    if not hasattr(target, "to"):
+        return
+    target.to(device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _gguf(kind: type[Any], weights: str, source: str, dtype: torch.dtype) -> Any:
+    """The transformer out of a GGUF file, whose weights are unpacked layer by layer as they are used."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"quantize = {source}: needs gguf; pip install 'replan[gpu]'")
+    import diffusers
+    from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
+
+    folder, name = _lora_parts(source)
+    if name is None:
+        raise ConfigError(f"quantize = {source}: there is no such file; give a path, or owner/name:file.gguf")
+
+    def load() -> Any:
+        if Path(source).is_file():
+            file = source
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = hf_hub_download(folder, name)
+        part: Any = getattr(diffusers, kind.load_config(weights)["transformer"][1])
+        how = GGUFQuantizationConfig(compute_dtype=dtype)
+        return part.from_single_file(
+            file, config=weights, subfolder="transformer", quantization_config=how, torch_dtype=dtype
+        )
+
+    return guard(f"transformer {source}", load)
 
 
 def _load_loras(pipe: Any, loras: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Frame: TypeAlias = Literal["auto", "seen", "original", "thousand"]
 Attention: TypeAlias = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Cache: TypeAlias = Literal["auto", "dynamic", "static"]
+Quantize: TypeAlias = Literal["none", "int8", "fp8", "nf4"]
 Outcome: TypeAlias = Plan | PlanError | PlannerError  # PlanError: the answer was bad; PlannerError: the machinery broke
 
 PROMPT_FILE = "replan_prompt.txt"  # in a model's folder: the prompt that this model was trained with
@@ -41,6 +43,10 @@ class PlannerConfig:
     template: str | None = None  # a prompt file; None: the one in the model's folder, else the package's
     batch_size: int = 8  # answers generated together, local models
     attention: Attention = "auto"  # local models; auto: flash-attention where it is installed and can run, else SDPA
+    # Local models. static: keys and values in a buffer of fixed size, so that a GPU runs one compiled forward for every
+    # token: minutes of compilation once, then 2 to 3 times the tokens per second. auto: static with --compile.
+    cache: Cache = "auto"
+    quantize: Quantize = "none"  # local models: int8 and fp8 by torchao, nf4 by bitsandbytes; all but int8 on CUDA only
     timeout: float = 120.0  # seconds to wait for a remote answer
     retries: int = 5  # further tries after a remote 408, 409, 429, 5xx, lost connection or timeout
     concurrency: int = 8  # remote requests under way at once
@@ -59,7 +65,8 @@ class PlannerConfig:
             raise ConfigError("planner: candidate_temperature and timeout must exceed 0, retries must not be negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"planner.top_p {self.top_p}: must lie in (0, 1]")
-        for name, known in (("frame", get_args(Frame)), ("attention", get_args(Attention))):
+        choices = {"frame": Frame, "attention": Attention, "cache": Cache, "quantize": Quantize}
+        for name, known in ((name, get_args(kind)) for name, kind in choices.items()):
             if getattr(self, name) not in known:
                 raise ConfigError(f"planner.{name} {getattr(self, name)!r}: must be one of {', '.join(known)}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -11,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, StoppingCriteria
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+    TorchAoConfig,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from replan.errors import PlannerError
+from replan.errors import ConfigError, PlannerError
 from replan.images import ImageLimits, check_size, fit_area, to_rgb
 from replan.plan import is_complete
 from replan.planner.base import (
@@ -140,6 +149,8 @@ class LocalPlanner:
             do_sample=False, temperature=1.0, top_p=1.0, top_k=50, num_beams=1,
             max_new_tokens=self.config.max_new_tokens,
         )  # fmt: skip
+        if self.config.cache == "static":
+            settings.cache_implementation = "static"  # on a GPU `generate` then compiles the forward of one token
         if settings.pad_token_id is None:
             settings.pad_token_id = tokenizer.pad_token_id
         draw = [OwnSampling(seeds, temperature, self.config.top_p)] if temperature > 0 else []
@@ -255,11 +266,14 @@ def load_local(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
+    extra = quantization(config.quantize, device, dtype)
     try:
         model_type = AutoConfig.from_pretrained(name).model_type
         processor = load_processor(name, model_type)
         attention = choose_attention(config, device, dtype)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, **extra
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise PlannerError(
             f"planner {name!r} cannot be loaded: {error}\nName a folder with a transformers image-text-to-text model, "
@@ -272,7 +286,25 @@ def load_local(
     # A model that brings its own prompt was trained for this work, in pixels; a stock Qwen3-VL answers in thousandths.
     own = cached_file(name, PROMPT_FILE, **_QUIET)
     known: Frame = "thousand" if own is None and model_type.startswith("qwen3") else "seen"
-    return LocalPlanner(model.to(device).eval(), processor, config, read_template(config, own), known)
+    placed = model if extra else model.to(device)
+    return LocalPlanner(placed.eval(), processor, config, read_template(config, own), known)
+
+
+def quantization(name: str, device: torch.device, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What `from_pretrained` needs for smaller weights. Raises ConfigError when the library or a GPU is missing."""
+    if name == "none":
+        return {}
+    package = "bitsandbytes" if name == "nf4" else "torchao"
+    if name != "int8" and device.type != "cuda":
+        raise ConfigError(f"planner.quantize = {name}: needs a CUDA device; int8 runs anywhere")
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"planner.quantize = {name}: needs {package}; pip install 'replan[gpu]'")
+    if name == "nf4":
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return {"quantization_config": BitsAndBytesConfig(**four), "device_map": {"": device}}
+    library: Any = importlib.import_module("torchao.quantization")
+    kind = library.Int8WeightOnlyConfig if name == "int8" else library.Float8DynamicActivationFloat8WeightConfig
+    return {"quantization_config": TorchAoConfig(kind()), "device_map": {"": device}}
 
 
 def choose_attention(config: PlannerConfig, device: torch.device, dtype: torch.dtype | str) -> str:
