@@ -156,14 +156,19 @@ Dtype = Annotated[
 Offload = Annotated[
     str | None,
     typer.Option(
-        metavar="none|model|sequential|group", rich_help_panel=RUNNING,
-        help="Keep parts that are not in use off the GPU: less memory, slower.",
+        metavar="none|stages|model|group|sequential", rich_help_panel=RUNNING,
+        help="Keep what is not in use off the GPU, from planner or editor down to single layers: less memory, slower.",
     ),
 ]  # fmt: skip
+VaeTiling = Annotated[
+    bool | None,
+    typer.Option("--vae-tiling", rich_help_panel=RUNNING, help="Decode large pictures in tiles: less memory."),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
-        metavar="int8|fp8|nf4|bnb-int8", rich_help_panel=RUNNING, help="Smaller weights; needs replan\\[gpu]."
+        metavar="int8|fp8|nf4|bnb-int8|FILE.gguf", rich_help_panel=RUNNING,
+        help="Smaller weights of the editor; needs replan\\[gpu]. The planner's: planner.quantize=nf4",
     ),
 ]
 Attention = Annotated[
@@ -200,6 +205,7 @@ class Flags:
     quantize: str | None = None
     compile: bool | None = None
     attention: str | None = None
+    vae_tiling: bool | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Flags:
@@ -260,7 +266,7 @@ class Flags:
         return [(key, value) for key, value in values.items() if value is not None]
 
     def _running(self) -> list[Override]:
-        names = ("device", "dtype", "offload", "quantize", "compile", "attention", "lora")
+        names = ("device", "dtype", "offload", "quantize", "compile", "attention", "vae_tiling", "lora")
         values = {name: getattr(self, name) for name in names}
         return [(key, value) for key, value in values.items() if value is not None]
 
