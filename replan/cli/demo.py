@@ -39,6 +39,7 @@ def demo(
     quantize: options.Quantize = None,
     compile: options.Compile = None,
     attention: options.Attention = None,
+    vae_tiling: options.VaeTiling = None,
 ) -> None:
     """Open the app: plan, correct boxes and hints by hand, edit, compare. Without options on the mini models, offline.
 
