@@ -52,6 +52,7 @@ def edit(
     quantize: options.Quantize = None,
     compile: options.Compile = None,
     attention: options.Attention = None,
+    vae_tiling: options.VaeTiling = None,
     strict: options.Strict = False,
 ) -> None:
     """Edit a picture by an instruction: plan the regions, then edit each by its own hint.
