@@ -60,8 +60,10 @@ def demo(
     from replan.demo.serve import LOOPBACK, Place, running
     from replan.demo.studio import Studio
 
-    names = ("device", "dtype", "offload", "quantize", "compile", "attention", "lora")
+    names = ("device", "dtype", "offload", "quantize", "compile", "attention", "vae_tiling", "lora")
     runtime = config.load(Runtime, {}, [(name, given[name]) for name in names if given[name] is not None])
+    if runtime.offload == "stages":
+        raise ConfigError("offload = stages: the demo keeps planners and editors loaded; use --offload model")
     backbones = backbone or ["mini"]
     planners = planner or [str(Flags(backbone=backbones[0]).setup().planner)]
     studio = Studio.load(backbones, planners, runtime)
