@@ -101,4 +101,6 @@ def describe_edit(edit: Edit, *, plan: bool) -> None:
     """Times of a finished edit on stderr, before them its plan if asked for."""
     if plan and edit.plan is not None:
         describe(edit.plan)
-    say("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in edit.timings.items()))
+    work = sum(seconds for stage, seconds in edit.timings.items() if stage != "load")
+    share = f"; planning {edit.timings['plan'] / work:.0%} of {work:.1f} s" if edit.timings.get("plan") and work else ""
+    say("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in edit.timings.items()) + share)
