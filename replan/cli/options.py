@@ -170,7 +170,7 @@ Quantize = Annotated[
         metavar="int8|fp8|nf4|bnb-int8|FILE.gguf", rich_help_panel=RUNNING,
         help="Smaller weights of the editor; needs replan\\[gpu]. The planner's: planner.quantize=nf4",
     ),
-]
+]  # fmt: skip
 Attention = Annotated[
     str | None,
     typer.Option(metavar="auto|dense|flex", rich_help_panel=RUNNING, help="What carries out the region masks."),
