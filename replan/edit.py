@@ -168,7 +168,7 @@ class Editor:
             self._bring(self._backbone, leaves=self._planner)
         with clock("condition"):
             cond = self.backbone.condition(request, plan, self.config)
-        return _Prepared(request, plan, (*notes, *getattr(cond, "notes", ())), cond, clock)
+        return _Prepared(request, plan, (*notes, *cond.notes), cond, clock)
 
     def _sample(self, cond: Conditioning, on_step: OnStep | None, clock: _Clock) -> Tensor:
         """Clean latents [len(cond.seeds), P, C]."""
