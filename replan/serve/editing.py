@@ -45,6 +45,7 @@ class EditEngine:
 
     def __init__(self, setup: Setup, limits: Limits, open_editor: Callable[[], Editor] | None = None) -> None:
         self.setup, self.limits = setup, limits
+        self._about = describe(setup)  # once: it asks git for the revision
         self._open = open_editor or setup.open
         self.local: Local[Work, Edit] = Local(self._load, self._work, limits)
 
@@ -62,7 +63,7 @@ class EditEngine:
         return await self.local.health()
 
     def describe(self) -> dict[str, Any]:
-        return describe(self.setup)
+        return self._about
 
     async def answer(self, call: wire.EditCall) -> wire.EditReply:
         """Raises Problem."""

@@ -40,13 +40,9 @@ def judge_app(judge: Judge, limits: Limits | None = None, threads: int = 8) -> D
     return judge_service(JudgeEngine(judge, limits, threads), limits)
 
 
-def serve(app: Door, host: str, port: int) -> None:
-    """Until it is stopped by a signal. Raises ConfigError when the port is taken."""
-    listener = listen(host, port)
-    try:
-        server(app).run([listener])
-    finally:
-        listener.close()
+def serve_on(app: Door, listener: socket.socket) -> None:
+    """Until a signal stops it."""
+    server(app).run([listener])
 
 
 @contextmanager
@@ -90,3 +86,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"{host}:{port}: cannot listen there: {error.strerror or error}; choose --port") from error
     listener.listen(512)
     return listener
+
+
+def free_port(host: str) -> int:
+    """A port that is free now."""
+    with listen(host, 0) as probe:
+        return int(probe.getsockname()[1])
