@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,8 @@ def build_autoencoder() -> AutoencoderKLQwenImage:
             with torch.no_grad():
                 module.weight[:, :, :-1] = 0.0  # a picture never meets them; zeros pack well
         if name.endswith("conv2"):  # every residual block starts as the identity: much faster at the start
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
     return model
 
 
@@ -61,8 +62,9 @@ def single_frame(model: AutoencoderKLQwenImage) -> Iterator[None]:
 
 def _convolve_frame(module: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """[B, C, 1, H, W] to [B, D, 1, H, W]; the causal padding in time is all zeros, so only the last step counts."""
-    left, _, top, *_ = module._padding
-    return F.conv2d(x[:, :, 0], module.weight[:, :, -1], module.bias, module.stride[1:], (top, left)).unsqueeze(2)
+    sides: Any = module._padding  # left, right, top, bottom, before, after
+    padding = sides[2], sides[0]
+    return F.conv2d(x[:, :, 0], module.weight[:, :, -1], module.bias, module.stride[1:], padding).unsqueeze(2)
 
 
 def encode(model: AutoencoderKLQwenImage, images: Tensor) -> Tensor:
