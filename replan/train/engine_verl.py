@@ -24,9 +24,13 @@ from typing import Any
 
 from replan import config as configs
 from replan.errors import ConfigError
+from replan.train import run
 from replan.train.build import model_folder
+from replan.train.data import Rows
+from replan.train.folder import complete
 from replan.train.grpo import GrpoConfig
 from replan.train.patience import Outage
+from replan.train.services import open_scorer
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,6 @@ VERSION = "0.9.1"
 HELD_OUT_TEMPERATURE = 0.5  # of the published runs' validation
 NO_DUAL_CLIP = 1e9  # verl knows no "off": a bound that no ratio reaches
 CHECKPOINTS = "checkpoints"
-RESULT = "planner"
 
 
 def train(config: GrpoConfig) -> Path:
@@ -43,18 +46,20 @@ def train(config: GrpoConfig) -> Path:
     Raises ConfigError for settings that verl refuses, Outage when editor or judge stayed away too long.
     """
     composed = compose(config)
-    config.output.mkdir(parents=True, exist_ok=True)
+    rows, val = Rows(config.train), None if config.val is None else Rows(config.val)
+    open_scorer(config).close()  # a wrong name is told now, and not by a lost batch
+    run.start(config, rows, val, _plain(composed))
     log.info("verl: %d steps on %d x %d GPUs", config.steps, config.nodes, config.gpus)
-    _run(composed)
+    _launch(composed)
     newest = checkpoint_of(config.output)
     if shards_of(newest):
-        merge(newest, config.output / RESULT)
-        return config.output / RESULT
+        merge(newest, config.output / run.PLANNER)
+        return config.output / run.PLANNER
     log.warning("%s: the other nodes hold its shards; gather them here, then: replan train export", newest)
     return newest
 
 
-def _run(composed: Any) -> None:
+def _launch(composed: Any) -> None:
     import ray
     from ray.exceptions import RayTaskError
     from verl.trainer.main_ppo import run_ppo
@@ -191,6 +196,7 @@ def _reward(config: GrpoConfig) -> dict[str, Any]:
         "trainer.v1.sampler.custom_sampler.name": "GroupBuffer",
         "+trainer.v1.sampler.sampler_kwargs.group": config.rollout.group,
         "+trainer.v1.sampler.sampler_kwargs.most_failed": config.services.most_failed,
+        "+trainer.v1.sampler.sampler_kwargs.output": str(settings.output),
     }
 
 
@@ -260,6 +266,13 @@ def compose(config: GrpoConfig) -> Any:
     return composed
 
 
+def _plain(composed: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(composed.copy(), resolve=True, throw_on_missing=False)
+    return json.loads(json.dumps(found, default=str))
+
+
 def _require_verl() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -298,7 +311,8 @@ def merge(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint as an ordinary Hugging Face folder, by verl's own merger. Raises ConfigError.
 
     `checkpoint` is a run's folder, a global_step_N or its actor folder. Any error of the merger is an error here: a
-    folder is never half merged or filled from a shard that could not be read.
+    folder is never half merged or filled from a shard that could not be read. The files beside the weights are those
+    of the run's start, where the run's folder says what that was.
     """
     _require_verl()
     actor = checkpoint_of(checkpoint)
@@ -313,3 +327,6 @@ def merge(checkpoint: Path, folder: Path) -> None:
         raise ConfigError(f"{actor}: verl could not merge it:\n{done.stderr[-2000:]}")
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{actor}: verl merged it, but {folder} holds no weights")
+    told = actor.parent.parent.parent / run.RUN  # <run>/checkpoints/global_step_N/actor
+    if told.is_file():
+        complete(folder, json.loads(told.read_bytes())["config"]["planner"])

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import sys
 
+_HOLDERS = ("verl.utils.import_utils", "verl.utils.model", "verl.models.transformers.monkey_patch")
+
 
 def hide_trl() -> None:
-    """Make verl, where it is loaded, believe that trl is absent."""
-    tools = sys.modules.get("verl.utils.import_utils")
-    if tools is not None:
-        tools.is_trl_available = _absent  # type: ignore[attr-defined]
+    """Make verl, where it is loaded, believe that trl is absent; other plugins may have made it look already."""
+    for name in _HOLDERS:
+        if name in sys.modules:
+            sys.modules[name].is_trl_available = _absent  # type: ignore[attr-defined]
 
 
 def _absent() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from replan.train.verl_score import PNG
+from replan.train.verl_score import PNG, STEP
 
 
 class PlannerRewards(RewardManagerBase):
@@ -34,6 +34,7 @@ class PlannerRewards(RewardManagerBase):
         item = data[-1:][0]
         fields = item.non_tensor_batch
         extra = dict(fields.get("extra_info") or {})
+        extra[STEP] = int(fields.get("global_steps") or 0)
         png = picture_of(fields.get("raw_prompt"))
         if png is not None:
             extra[PNG] = png

@@ -18,14 +18,16 @@ from typing import Any
 
 from replan import config as configs
 from replan.errors import ConfigError, ServiceError
+from replan.train import samples
 from replan.train.data import Row, Rows, Task
 from replan.train.grpo import GrpoConfig
 from replan.train.patience import Outage, Tally
 from replan.train.score import Scored, Scorer
+from replan.types import Failure
 
 log = logging.getLogger(__name__)
 
-PNG = "png"  # key of extra_info under which replan's reward loop hands over the picture
+PNG, STEP = "png", "step"  # keys of extra_info under which replan's reward loop hands over picture and step
 
 
 class RolloutLost(ServiceError):
@@ -85,6 +87,33 @@ class Waiting:
         return error
 
 
+class Pages:
+    """Sample rollouts of every `samples`-th step as a page, collected as they come."""
+
+    def __init__(self, config: GrpoConfig) -> None:
+        self.config = config
+        self._name, self._cards = "", list[tuple[Row, str, Scored]]()
+
+    def add(self, name: str, row: Row, answer: str, outcome: Scored) -> None:
+        """One rollout for the page `name`, which ends with the step's number."""
+        if not self.config.samples or int(name.rpartition("-")[2]) % self.config.samples:
+            return
+        if name != self._name:
+            self.write()
+            self._name, self._cards = name, []
+        most = min(samples.MOST, self.config.rollouts)
+        if len(self._cards) < most:
+            self._cards.append((row, answer, outcome))
+            if len(self._cards) == most:
+                self.write()
+
+    def write(self) -> None:
+        """Write what there is: a page that never filled up is written when the next one begins."""
+        if self._cards:
+            rows, answers, outcomes = zip(*self._cards, strict=True)
+            samples.write(self.config.output, self._name, rows, answers, outcomes)
+
+
 async def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], *, settings: str, **_: Any
 ) -> dict[str, float]:
@@ -93,7 +122,13 @@ async def compute_score(
     Raises RolloutLost or Outage when editor or judge failed: never a number from an outage.
     """
     row = _row(data_source, ground_truth, extra_info, settings)
-    outcome = await _waiting(settings).score(row, solution_str)
+    page = f"{extra_info.get('split', 'train')}-step-{int(extra_info.get(STEP, 0)):06d}"
+    try:
+        outcome = await _waiting(settings).score(row, solution_str)
+    except ServiceError as error:
+        _pages(settings).add(page, row, solution_str, Scored(None, failure=Failure("reward", str(error))))
+        raise
+    _pages(settings).add(page, row, solution_str, outcome)
     assert outcome.value is not None  # else it would have raised
     parts = dict(outcome.parts)
     if "plan" in parts:  # every rollout reports the same names, or verl could not average them
@@ -108,6 +143,11 @@ def _waiting(settings: str) -> Waiting:
 
     config = configs.load(GrpoConfig, json.loads(settings))
     return Waiting(open_scorer(config), config)
+
+
+@cache
+def _pages(settings: str) -> Pages:
+    return Pages(configs.load(GrpoConfig, json.loads(settings)))
 
 
 @cache

@@ -11,10 +11,8 @@ PlannerRun       the task runner given to run_ppo    its process knows the two
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,14 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from replan.train.patience import Outage
+from replan.train.run import RolloutLog
+from replan.train.score import Scored
+from replan.train.verl_groups import first_prompts, group_keys, mean_parts, select
+from replan.types import Failure
 
 log = logging.getLogger(__name__)
 
 NAME = "replan"  # trainer.v1.trainer_mode
-_TERMINAL = ("finished", "failure")
 _POLL = 0.5  # seconds
 
 
@@ -41,8 +42,10 @@ class GroupBuffer(ReplayBuffer):
     to do: a single survivor has nobody to be compared with and is left out too (verl would take its bare reward for an
     advantage), losses are counted, and too many of them end the run.
 
-    Its settings are `sampler_kwargs`: group, the rollouts of a prompt, and most_failed, a share.
+    Its settings are `sampler_kwargs`: group, the rollouts of a prompt; most_failed, a share; output, the run's folder.
     """
+
+    rewards: RolloutLog | None = None
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, float]]:
         """Wait for `batch_size` finished prompts. Returns their rollouts and figures. Raises Outage."""
@@ -56,53 +59,42 @@ class GroupBuffer(ReplayBuffer):
                 raise Outage("not one held-out rollout has a reward")
             return _batch(partition_id, keys, tags), {}
         kept, figures = select(groups, int(self.sampler_kwargs["group"]), float(self.sampler_kwargs["most_failed"]))
+        if figures["rollouts/lost"]:
+            log.warning("%d rollouts left their groups without a reward", figures["rollouts/lost"])
+        figures |= self._tell(global_steps, groups)
         dropped = [key for keys in groups.values() for key in keys if key not in set(kept)]
         if dropped:
             queue.kv_clear(keys=dropped, partition_id=partition_id)
-        if figures["rollouts/lost"]:
-            log.warning("%d rollouts left their groups without a reward", figures["rollouts/lost"])
-        return _batch(partition_id, kept, tags), figures | _means(partition_id, kept)
+        return _batch(partition_id, kept, tags), figures
 
-
-def first_prompts(tags: Mapping[str, Mapping[str, Any]], count: int) -> list[str]:
-    """The oldest `count` prompts whose rollouts have all ended, well or not."""
-    ended = [key for key, tag in tags.items() if tag.get("is_prompt") and tag["status"] in _TERMINAL]
-    return sorted(ended, key=lambda key: tags[key]["global_steps"])[:count]
-
-
-def group_keys(tags: Mapping[str, Mapping[str, Any]], prompts: Sequence[str]) -> dict[str, list[str]]:
-    """The rollouts of each prompt; a rollout's key is `<prompt>_<number>_<part>`."""
-    groups: dict[str, list[str]] = {prompt: [] for prompt in prompts}
-    for key, tag in tags.items():
-        prompt = key.partition("_")[0]
-        if not tag.get("is_prompt") and prompt in groups:
-            groups[prompt].append(key)
-    return groups
-
-
-def select(groups: Mapping[str, Sequence[str]], group: int, most_failed: float) -> tuple[list[str], dict[str, float]]:
-    """The rollouts to train on, and what was lost of `group` for each prompt. Raises Outage when it was too much."""
-    expected = group * len(groups)
-    lost = expected - sum(map(len, groups.values()))
-    alone = sum(len(keys) == 1 for keys in groups.values())
-    kept = [key for keys in groups.values() if len(keys) > 1 for key in keys]
-    allowed = int(most_failed * expected)
-    if lost > allowed or not kept:
-        raise Outage(
-            f"{lost} of {expected} rollouts have no reward (services.most_failed allows {allowed}); "
-            "see the warnings of the reward workers, mend the service and start the same command again"
+    def _tell(self, step: int, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+        """Write the step to rollouts.jsonl. Returns the means of the rewards' parts."""
+        keys = [key for found in groups.values() for key in found]
+        fields = queue.kv_batch_get(
+            keys=keys, partition_id="train", select_fields=["extra_fields", "rm_scores", "extra_info"]
         )
-    return kept, {"rollouts/lost": float(lost), "rollouts/alone": float(alone), "rollouts/kept": float(len(kept))}
+        told = {key: (float(score.sum()), _bare(about)) for key, score, about in _rows(keys, fields)}
+        items, outcomes = list[int](), list[Scored]()
+        for found in groups.values():
+            item = next((int(told[key][1]["index"]) for key in found), -1)  # -1: not one of the group is left
+            outcomes += [Scored(told[key][0]) for key in found]
+            missing = int(self.sampler_kwargs["group"]) - len(found)
+            outcomes += [Scored(None, failure=Failure("reward", "see the warnings in the log"))] * missing
+            items += [item] * (len(found) + missing)
+        if self.rewards is None:
+            self.rewards = RolloutLog(Path(self.sampler_kwargs["output"]), step)
+        self.rewards.add(step, items, outcomes)
+        extras = [_bare(value) for value in fields["extra_fields"]]
+        return mean_parts(extra.get("reward_extra_info", {}) for extra in extras)
 
 
-def mean_parts(parts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Means of the rewards' parts, for the log."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for told in parts:
-        for name, value in told.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                values[f"reward/{name}"].append(float(value))
-    return {name: sum(found) / len(found) for name, found in values.items()}
+def _rows(keys: Sequence[str], fields: Any) -> Iterator[tuple[str, Any, Any]]:
+    return zip(keys, list(fields["rm_scores"]), list(fields["extra_info"]), strict=True)
+
+
+def _bare(value: Any) -> Any:
+    """What is not a tensor may come wrapped."""
+    return getattr(value, "data", value)
 
 
 def _wait(partition: str, count: int) -> dict[str, dict[str, Any]]:
@@ -115,12 +107,6 @@ def _wait(partition: str, count: int) -> dict[str, dict[str, Any]]:
 
 def _batch(partition: str, keys: Sequence[str], tags: Mapping[str, dict[str, Any]]) -> KVBatchMeta:
     return KVBatchMeta(partition_id=partition, keys=list(keys), tags=[tags[key] for key in keys])
-
-
-def _means(partition: str, keys: Sequence[str]) -> dict[str, float]:
-    fields = queue.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=["extra_fields"])
-    found = [getattr(value, "data", value) for value in fields["extra_fields"]]
-    return mean_parts(extra.get("reward_extra_info", {}) for extra in found)
 
 
 @register_trainer(NAME)
