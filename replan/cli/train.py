@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-train = typer.Typer(help="Train the mini models. A run that was stopped goes on where it was.", no_args_is_help=True)
+from replan.cli import train_grpo
+
+train = typer.Typer(
+    help="Train planners by reinforcement, and the mini models. A run that was stopped goes on where it was.",
+    no_args_is_help=True,
+)
+for verb in (train_grpo.data, train_grpo.grpo, train_grpo.weaken, train_grpo.export, train_grpo.prove):
+    train.command(help=verb.__doc__)(verb)
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where state and result go; an old run there goes on.")]
 Family = Literal["flux", "qwen"]

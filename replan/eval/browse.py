@@ -86,7 +86,7 @@ def _entry(item: Item, results: Sequence[Mapping[str, Any]], side: int) -> dict[
         source = item.image()
     except ImageError as error:
         return entry | {"size": [1, 1], "source": None, "error": str(error)}
-    return entry | {"size": list(source.size), "source": _data_url(source, side)}
+    return entry | {"size": list(source.size), "source": data_url(source, side)}
 
 
 def _result(folder: Path, item: Item, row: Mapping[str, Any], measured: Mapping[str, Any], side: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _result(folder: Path, item: Item, row: Mapping[str, Any], measured: Mapping[
         for name, found in row.get("ratings", {}).items()
     }
     return {
-        "picture": _data_url(load_image(folder / str(item.id) / PICTURE), side),
+        "picture": data_url(load_image(folder / str(item.id) / PICTURE), side),
         "plan": done.get("plan"),
         "notes": done.get("notes", []),
         "ratings": ratings,
@@ -107,7 +107,7 @@ def _result(folder: Path, item: Item, row: Mapping[str, Any], measured: Mapping[
     }
 
 
-def _data_url(image: Image, side: int) -> str:
+def data_url(image: Image, side: int) -> str:
     """Small pictures exactly, larger ones shrunk and lossy: a page of 800 photographs must still open."""
     content = io.BytesIO()
     if max(image.size) <= 192:

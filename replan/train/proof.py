@@ -1,0 +1,179 @@
+"""Proof on the mini world that both stages train: figures on held-out items, and the curves as a picture.
+
+stage1   a weakened planner learns to answer in valid form again; measured: share of held-out answers in valid form
+stage2   from there, plans are rendered and judged; measured: share of held-out tasks done right, that is, the exact
+         judge gives target, effect and consistency 4 or more
+
+Each seed is an ordinary run of configs/grpo/mini_<stage>.yaml, so it can be stopped and goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from replan import config as configs
+from replan import record
+from replan.errors import ConfigError
+from replan.images import write_atomic
+from replan.mini.report import rate
+from replan.train import run
+from replan.train.build import BuildConfig, build
+from replan.train.engine_trl import last_checkpoint, train
+from replan.train.grpo import GrpoConfig
+from replan.train.weaken import weaken
+
+log = logging.getLogger(__name__)
+
+NOISE, WEAK_SEED = 0.4, 0
+MEASURE = {"stage1": "valid", "stage2": "success"}
+TITLE = {"valid": "answers in valid form", "success": "tasks done right"}
+NEEDED = {"stage1": "every seed ends at 0.99 or more", "stage2": "every seed gains 0.10 or more"}
+HELD_OUT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One seed: the measure over training steps (on rollouts, sampled) and on held-out items (greedy)."""
+
+    seed: int
+    training: Mapping[int, float]
+    held_out: Mapping[int, float]
+
+    @property
+    def start(self) -> float:
+        return self.held_out[min(self.held_out)]
+
+    @property
+    def end(self) -> float:
+        return self.held_out[max(self.held_out)]
+
+
+def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str]) -> tuple[Path, Path]:
+    """Run what is missing; write `<folder>/<stage>.json` and `.png`. Raises ConfigError for an unknown stage."""
+    if stage not in MEASURE:
+        raise ConfigError(f"stage {stage!r}: must be {' or '.join(MEASURE)}")
+    train_file, held_out = _data(folder)
+    start = _start(stage, folder)
+    curves = []
+    for seed in range(1, seeds + 1):
+        output = folder / f"{stage}-seed{seed}"
+        given = [("planner", str(start)), ("train", str(train_file)), ("val", str(held_out)), ("output", str(output))]
+        chosen = configs.load(GrpoConfig, f"grpo/mini_{stage}", [*given, ("seed", seed), *overrides])
+        if not (output / run.PLANNER / "config.json").exists():
+            train(chosen)
+        curves.append(read_curve(output, MEASURE[stage], seed))
+        log.info("seed %d: %s %.3f -> %.3f on held-out items", seed, MEASURE[stage], curves[-1].start, curves[-1].end)
+    return _write(stage, folder, curves, overrides)
+
+
+def read_curve(output: Path, measure: str, seed: int) -> Curve:
+    """The measure over a run's steps, from its last checkpoint's history."""
+    last = last_checkpoint(output)
+    if last is None:
+        raise ConfigError(f"{output}: holds no checkpoint")
+    history = json.loads((last / "trainer_state.json").read_bytes())["log_history"]
+    name = f"plan/{measure}"
+    return Curve(
+        seed,
+        {int(entry["step"]): float(entry[name]) for entry in history if entry.get(name) is not None},
+        {int(entry["step"]): float(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry},
+    )
+
+
+def holds(stage: str, curves: Sequence[Curve]) -> bool:
+    """Whether the figures are what NEEDED says."""
+    if stage == "stage1":
+        return all(curve.end >= 0.99 for curve in curves)
+    return all(curve.end - curve.start >= 0.10 for curve in curves)
+
+
+def _data(folder: Path) -> tuple[Path, Path]:
+    files = folder / "train.parquet", folder / "held_out.parquet"
+    for path, split, count in ((files[0], "train", 2000), (files[1], "test", HELD_OUT)):
+        if not path.exists():
+            build(BuildConfig(split=split, count=count, model="mini", multiple=16), path)
+    return files
+
+
+def _start(stage: str, folder: Path) -> Path:
+    """The planner that a stage begins with: the weakened one, or what stage 1 made of it (first seed)."""
+    weak = folder / "weak"
+    if not (weak / "config.json").exists():
+        weaken("mini", weak, NOISE, WEAK_SEED)
+    if stage == "stage1":
+        return weak
+    found = folder / "stage1-seed1" / run.PLANNER
+    if not (found / "config.json").exists():
+        prove("stage1", folder, 1, ())
+    return found
+
+
+def _write(stage: str, folder: Path, curves: Sequence[Curve], overrides: Sequence[str]) -> tuple[Path, Path]:
+    command = f"replan train prove {stage} FOLDER --seeds {len(curves)}"
+    mean = {name: rate([getattr(curve, name) for curve in curves]).mean for name in ("start", "end")}
+    told = {
+        "stage": stage,
+        "measure": TITLE[MEASURE[stage]],
+        "needed": NEEDED[stage],
+        "holds": holds(stage, curves),
+        "start": mean["start"],
+        "end": mean["end"],
+        "held_out_items": HELD_OUT,
+        "weakened_by": {"noise": NOISE, "seed": WEAK_SEED},
+        "seeds": [
+            {"seed": c.seed, "start": c.start, "end": c.end, "held_out": c.held_out, "training": c.training}
+            for c in curves
+        ],
+        "command": " ".join([command, *overrides]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "config": configs.dump(configs.load(GrpoConfig, f"grpo/mini_{stage}", overrides)),
+        "versions": run.versions(),
+    }
+    paths = folder / f"{stage}.json", folder / f"{stage}.png"
+    record.write_json(told, paths[0])
+    write_atomic(paths[1], draw(stage, curves))
+    return paths
+
+
+def draw(stage: str, curves: Sequence[Curve]) -> bytes:
+    """The curves as PNG bytes. Raises ConfigError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("the picture needs matplotlib: pip install 'replan[eval]'") from error
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, curve in enumerate(curves):
+        colour = f"C{number}"
+        steps, values = list(curve.training), _smooth(list(curve.training.values()))
+        axes.plot(steps, values, color=colour, lw=1, alpha=0.45)
+        checks = sorted(curve.held_out)
+        shown = [curve.held_out[step] for step in checks]
+        axes.plot(
+            checks, shown, "o-", color=colour, lw=2, ms=5, label=f"seed {curve.seed}: {shown[0]:.2f} to {shown[-1]:.2f}"
+        )
+    measure = TITLE[MEASURE[stage]]
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"share of {measure}")
+    axes.set_ylim(0, 1.02)
+    axes.set_title(f"Stage {stage[-1]} on the mini world: {measure}\nthick: {HELD_OUT} held-out items, greedy; "
+                   "thin: training rollouts, mean of 5 steps", fontsize=9)  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+def _smooth(values: Sequence[float], span: int = 5) -> list[float]:
+    """Running mean over the last `span` values."""
+    return [sum(values[max(0, at - span + 1) : at + 1]) / (at + 1 - max(0, at - span + 1)) for at in range(len(values))]
