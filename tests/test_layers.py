@@ -21,13 +21,19 @@ LAYERS = (
         *("cli", "run_replan", "demo", "mini.train_autoencoder", "mini.train_editor", "mini.train_planner"),
         *("mini.train_qwen_autoencoder", "mini.train_qwen_editor"),
     ),
-    ("eval", "train", "think", "serve", "batch", "doctor", "mini.training", "mini.report", "mini.sheet"),
+    (
+        *("eval", "train", "think", "serve", "batch", "doctor", "memory", "bench"),
+        *("mini.training", "mini.table", "mini.report", "mini.ways", "mini.sheet"),
+    ),
     ("record",),
     ("edit",),
     ("backbones",),
     ("processors", "planner", "judge"),
     ("attention", "cascade"),
-    ("chat", "draw", "background", "mask", "denoise", "plan", "regions", "rules", "speed", "images", "config", "mini"),
+    (
+        *("chat", "draw", "background", "mask", "denoise", "plan", "regions", "rules", "presets", "speed", "images"),
+        *("config", "mini"),
+    ),
     ("types", "errors"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -134,11 +134,12 @@ Isolate = Annotated[
     ),
 ]
 Rules = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        metavar="FILE", rich_help_panel=REGIONS, help="Own attention matrix, with step ranges (YAML or JSON)."
+        metavar="NAME|FILE", rich_help_panel=REGIONS,
+        help="Attention rules: a preset (paper, local, ...) or a file of your own, with step ranges (YAML or JSON).",
     ),
-]
+]  # fmt: skip
 Strict = Annotated[
     bool,
     typer.Option(
@@ -197,7 +198,7 @@ class Flags:
     config: list[Path] | None = None
     expand: float | None = None
     isolate: float | None = None
-    rules: Path | None = None
+    rules: str | None = None
     strict: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -219,13 +220,15 @@ class Flags:
         """
         from replan import config
         from replan.backbones import EditConfig, Runtime, find
+        from replan.presets import spelled
         from replan.record import Setup
 
         backbone = self.backbone or (base.backbone if base else "mini")
         kept = base if base is not None and backbone == base.backbone else None
         files, planner_files = _split_files(self.config or ())
         pairs = [config.split(setting) for setting in self.settings]
-        own = [pair for pair in pairs if not pair[0].startswith(_PLANNER)]
+        named, own = _rules(self.rules, [pair for pair in pairs if not pair[0].startswith(_PLANNER)])
+        files = [*(spelled(file) for file in files), *named]
         source: config.Source = kept.config if kept else find(backbone)[0].config
         plain = config.load(EditConfig, source, own, files)
         return Setup(
@@ -261,7 +264,6 @@ class Flags:
             "keep_background": self.keep_background,
             "mask.expand": self.expand,
             "mask.isolate": self.isolate,
-            "mask.rules": None if self.rules is None else _rules(self.rules),
         }
         return [(key, value) for key, value in values.items() if value is not None]
 
@@ -311,8 +313,9 @@ def _split_files(paths: Sequence[Path]) -> tuple[list[Any], list[Any]]:
     return files, planner
 
 
-def _rules(path: Path) -> list[dict[str, Any]]:
-    from replan import config
-    from replan.rules import load_rules
+def _rules(given: str | None, pairs: Sequence[tuple[str, Any]]) -> tuple[list[Any], list[tuple[str, Any]]]:
+    """The settings of the rules asked for by --rules or rules=NAME (the option wins), and the other pairs."""
+    from replan.presets import spelled
 
-    return [config.dump(phase) for phase in load_rules(path)]
+    asked = [value for key, value in pairs if key == "rules"] if given is None else [given]
+    return [spelled({"rules": asked[-1]})] if asked else [], [pair for pair in pairs if pair[0] != "rules"]

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from replan import config
 from replan.errors import ConfigError
+from replan.presets import apply_preset
 from replan.rules import (
     MaskConfig,
     Role,
@@ -75,7 +76,7 @@ def with_preset(preset: str, own: MaskConfig) -> Board:
 
 def tables(board: Board, ids: Sequence[int], own: MaskConfig) -> tuple[Rules, Rules]:
     """(early, late) rules for regions with these ids: the preset's, then the user's cells whose regions still exist."""
-    count = len(ids)
+    count, own = len(ids), _under(board.preset, own)
     if board.preset == OWN:
         early = builtin_rules(count, own, isolated=True)
         late = builtin_rules(count, own, isolated=False)
@@ -85,6 +86,11 @@ def tables(board: Board, ids: Sequence[int], own: MaskConfig) -> tuple[Rules, Ru
         # a preset without a phase of its own for the early steps lends its rules minus what locality forbids
         early = phase_rules(phases[0], count, own) if len(phases) == 2 else _local(late)
     return _with_cells(early, board, "early", ids), _with_cells(late, board, "late", ids)
+
+
+def _under(preset: str, own: MaskConfig) -> MaskConfig:
+    """The backbone's settings with those that a preset has beside its rules, such as the pooled vector's prompt."""
+    return own if preset == OWN else replace(apply_preset(own, preset), rules=own.rules)
 
 
 def _local(rules: Rules) -> Rules:
@@ -116,11 +122,12 @@ def name_of(role: Role, ids: Sequence[int]) -> Name:
 
 def mask_config(board: Board, ids: Sequence[int], own: MaskConfig, expand: float) -> MaskConfig:
     """The settings that carry out a board; rules are spelled out only where the built-in ones do not say the same."""
-    plain = replace(own, expand=expand, isolate=board.share)
+    plain = replace(_under(board.preset, own), expand=expand, isolate=board.share)
     if not ids:
         return plain
     early, late = tables(board, ids, own)
-    if early == builtin_rules(len(ids), own, isolated=True) and late == builtin_rules(len(ids), own, isolated=False):
+    as_built_in = (builtin_rules(len(ids), plain, isolated=True), builtin_rules(len(ids), plain, isolated=False))
+    if (early, late) == as_built_in:
         return replace(plain, rules=())
     phases: list[RulePhase] = []
     if board.share > 0:

@@ -15,6 +15,7 @@ from replan.errors import ConfigError
 from replan.eval.data import Bench, DataConfig
 from replan.eval.generate import FORMAT, Method, Todo
 from replan.planner.base import PlannerConfig
+from replan.presets import spelled
 from replan.types import Edit, EditRequest
 
 MethodName: TypeAlias = Literal["replan", "baseline", "rephrase", "instruct-pix2pix"]
@@ -47,7 +48,7 @@ class GenerateConfig:
     rewriter  of method rephrase: http(s)://host/v1#model, openai:model, gemini:model, or a local model's hub id, folder
     seed      the seed of an item is this plus its id
     preset    a file of edit settings such as edit/paper_flux, in place of the backbone's own
-    edit      settings over the backbone's own, for example edit.steps=20
+    edit      settings over the backbone's own, for example edit.steps=20 or edit.rules=local
     workers   items under way at once; for editors and planners behind a network
     processes editors to run side by side, one per GPU, through accelerate's launcher
     """
@@ -92,7 +93,8 @@ def _editing(settings: GenerateConfig) -> Todo:
     from replan.backbones import find
     from replan.edit import Editor
 
-    edit = config.load(EditConfig, settings.preset or find(settings.backbone)[0].config, over=(settings.edit,))
+    source = settings.preset or find(settings.backbone)[0].config
+    edit = config.load(EditConfig, source, over=(spelled(settings.edit),))
     exact = settings.method == "replan" and settings.planner == EXACT
     planner = settings.planner if settings.method == "replan" and not exact else None
     editor = Editor.load(

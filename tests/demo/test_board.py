@@ -110,3 +110,9 @@ def test_the_reasoning_of_an_answer_under_way() -> None:
     assert reasoning_of("<thi") == "<thi"
     assert reasoning_of("<think> a cup") == "a cup"
     assert reasoning_of("<think>a</think><gen_image>b") == "a"
+
+
+def test_a_preset_brings_its_other_settings() -> None:
+    own = replace(OWN, pooled="main")
+    assert mask_config(with_preset("direct", own), (5,), own, 0.1).pooled == "none"
+    assert mask_config(with_preset("backbone", own), (5,), own, 0.1).pooled == "main"
