@@ -14,6 +14,7 @@ from replan.rules import load_rules
 ROOT = Path(__file__).parent.parent / "configs"
 EDIT = sorted(path.stem for path in (ROOT / "edit").glob("*.yaml"))
 EVAL = sorted(path.stem for path in (ROOT / "eval").glob("*.yaml"))
+GRPO = sorted(path.stem for path in (ROOT / "grpo").glob("*.yaml"))
 RULES = sorted(path.stem for path in (ROOT / "rules").glob("*.yaml"))
 
 
@@ -36,9 +37,17 @@ def test_benchmark_runs_load(name: str) -> None:
     assert config.load(GenerateConfig, f"eval/{name}")
 
 
+@pytest.mark.parametrize("name", GRPO)
+def test_training_runs_load(name: str) -> None:
+    from replan.train.grpo import GrpoConfig
+
+    loaded = config.load(GrpoConfig, f"grpo/{name}")
+    assert config.load(GrpoConfig, config.dump(loaded)) == loaded
+
+
 def test_no_kind_of_config_goes_untested() -> None:
     # a new folder brings a test above that loads its files as what they are
-    assert {path.name for path in ROOT.iterdir()} <= {"edit", "rules", "eval"}
+    assert {path.name for path in ROOT.iterdir()} <= {"edit", "rules", "eval", "grpo", "speed"}
 
 
 def test_yaml_files_only_and_all_found_by_name() -> None:
