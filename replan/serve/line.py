@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 import time
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ class ClientConfig:
 
     timeout       seconds that one try may take
     retries       further tries after the first
-    backoff       seconds before the first retry; doubled each time, plus up to as much at random
-    longest_wait  seconds; no pause is longer, whatever the service asks for
+    backoff       seconds before the first retry; doubled each time, plus up to as much at random. Where the service
+                  says how long to wait, that and up to as much again
+    longest_wait  seconds; no wait is longer before jitter, whatever the service asks for
     patience      seconds for a call in all; retries end at whichever comes first
     connections   requests under way at once; more wait here
     """
@@ -104,6 +106,10 @@ class Line:
             raise self.outage(f"{self.url}{path}: status {response.status_code}: {_message(response)}")
         return found
 
+    def use(self, client: httpx.AsyncClient) -> None:
+        """Take another client for asyncio in the running loop, made with `settings`; for those who watch the tries."""
+        self._async = (asyncio.get_running_loop(), client)
+
     def close(self) -> None:
         """Wait for nothing any more and let go of the connections."""
         self.stopped.set()
@@ -126,10 +132,13 @@ class Line:
         growing = wait_exponential_jitter(initial=config.backoff, max=config.longest_wait, jitter=config.backoff)
 
         def pause(state: RetryCallState) -> float:
-            """What the service asked for, plus jitter, so that those it turned away together do not return together."""
+            """What the service asked for and up to as much again, so that those it turned away do not return together;
+            where it asked for nothing, longer with every try."""
             error = state.outcome.exception() if state.outcome else None
-            asked = error.after if isinstance(error, _Passing) and error.after is not None else 0.0
-            return min(max(asked, 0.0), config.longest_wait) + growing(state)
+            if not isinstance(error, _Passing) or error.after is None:
+                return growing(state)
+            asked = min(max(error.after, 0.0), config.longest_wait)
+            return asked + random.uniform(0.0, max(asked, config.backoff))
 
         def tell(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
@@ -163,7 +172,7 @@ class Line:
             raise self.outage(f"{self.url}: the client is closed")
         loop = asyncio.get_running_loop()
         if self._async is None or self._async[0] is not loop:  # connections belong to the loop that opened them
-            self._async = (loop, httpx.AsyncClient(**self._settings()))
+            self._async = (loop, httpx.AsyncClient(**self.settings()))
         try:
             response = await self._async[1].post(self.url + path, content=body, headers=_JSON)
         except httpx.HTTPError as error:
@@ -175,10 +184,11 @@ class Line:
 
         with self._lock:
             if self._client is None:
-                self._client = httpx.Client(**self._settings())
+                self._client = httpx.Client(**self.settings())
             return self._client
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What its HTTP clients are made with."""
         import httpx
 
         config = self.config
