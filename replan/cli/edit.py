@@ -52,6 +52,7 @@ def edit(
     quantize: options.Quantize = None,
     compile: options.Compile = None,
     attention: options.Attention = None,
+    speed: options.Speed = None,
     vae_tiling: options.VaeTiling = None,
     strict: options.Strict = False,
 ) -> None:

@@ -174,8 +174,15 @@ Quantize = Annotated[
 ]  # fmt: skip
 Attention = Annotated[
     str | None,
-    typer.Option(metavar="auto|dense|flex", rich_help_panel=RUNNING, help="What carries out the region masks."),
+    typer.Option(metavar="auto|dense|flex|cascade", rich_help_panel=RUNNING, help="What carries out the region masks."),
 ]
+Speed = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exact|cached|fast|FILE", rich_help_panel=RUNNING,
+        help="What is reused between steps: nothing, the reference picture, or all that lies outside the regions.",
+    ),
+]  # fmt: skip
 Compile = Annotated[
     bool | None, typer.Option("--compile", rich_help_panel=RUNNING, help="torch.compile: slow start, then faster.")
 ]
@@ -206,6 +213,7 @@ class Flags:
     quantize: str | None = None
     compile: bool | None = None
     attention: str | None = None
+    speed: str | None = None
     vae_tiling: bool | None = None
 
     @classmethod
@@ -257,6 +265,8 @@ class Flags:
             ) from error
 
     def _editing(self, *, guided: bool) -> list[Override]:
+        from replan.speed import speed_values
+
         values = {
             "steps": self.steps,
             "true_cfg" if guided else "guidance": self.guidance,
@@ -264,6 +274,7 @@ class Flags:
             "keep_background": self.keep_background,
             "mask.expand": self.expand,
             "mask.isolate": self.isolate,
+            "speed": None if self.speed is None else speed_values(self.speed),
         }
         return [(key, value) for key, value in values.items() if value is not None]
 

@@ -44,6 +44,7 @@ def session(
     quantize: options.Quantize = None,
     compile: options.Compile = None,
     attention: options.Attention = None,
+    speed: options.Speed = None,
     vae_tiling: options.VaeTiling = None,
     strict: options.Strict = False,
 ) -> None:
