@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from replan.cli import demo, doctor, edit, evaluate, mini, plan, serve, session, train
+from replan.cli import bench, demo, doctor, edit, evaluate, mini, plan, serve, session, train
 from replan.cli.failures import reported
 
 HELP = """Edit pictures by instruction: plan first, then edit each region by its own hint.
@@ -56,6 +56,7 @@ def top(
 
 for verb in (plan.plan, plan.mask, edit.edit, session.session, demo.demo, doctor.doctor):
     app.command(help=verb.__doc__)(verb)
+app.add_typer(bench.bench, name="bench")
 app.add_typer(evaluate.evaluate, name="eval")
 app.add_typer(mini.mini, name="mini")
 app.add_typer(train.train, name="train")
