@@ -1,0 +1,1 @@
+"""`replan bench`: our steps and whole edits beside the stock editor's, in one process, with random weights."""
