@@ -87,6 +87,7 @@ class Desk(Generic[W, R]):
         self._running: dict[int, float] = {}  # thread -> since when it has been at work
         self._pace = 1.0  # seconds per ticket, a running mean
         self._open = True
+        self.closing = threading.Event()
         self._workers = [threading.Thread(target=self._work, daemon=True, name="replan-desk") for _ in range(threads)]
 
     def start(self) -> None:
@@ -95,6 +96,7 @@ class Desk(Generic[W, R]):
 
     def close(self) -> None:
         """Take nothing new; whoever waits is told so, and what runs is abandoned."""
+        self.closing.set()
         with self._condition:
             self._open = False
             for ticket in (*self._waiting, *self._known.values()):
@@ -142,9 +144,10 @@ class Desk(Generic[W, R]):
         `abandoned` says so to the worker.
         """
         ticket = self._take(id, digest, work, key)
+        future = asyncio.wrap_future(ticket.future)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # also when nobody waits any more
         try:
-            # shielded: others may wait for the same future
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(ticket.future)), timeout), ticket
+            return await asyncio.wait_for(asyncio.shield(future), timeout), ticket  # others may wait for it too
         finally:
             self._leave(ticket)
 

@@ -177,17 +177,18 @@ class Stoppable:
         """Raises as the planner does, and Cancelled."""
         from replan.denoise import Cancelled
 
-        stream = getattr(self.planner, "stream", None)
         if self.stopped(request):
             raise Cancelled("stopped before planning")
-        if stream is None:
-            return self.planner(request)
+        stream = getattr(self.planner, "stream", None)
         try:
-            return stream(request, lambda answer: not self.stopped(request))
+            plan = self.planner(request) if stream is None else stream(request, lambda _: not self.stopped(request))
         except PlanError as error:
             if self.stopped(request):  # an answer that was stopped half-way is no bad answer
                 raise Cancelled("stopped while planning") from error
             raise
+        if self.stopped(request):
+            raise Cancelled("stopped after planning")
+        return plan
 
     def plan_many(self, requests: Sequence[EditRequest], *, sampled: bool = False) -> list[Outcome]:
         return self.planner.plan_many(requests, sampled=sampled)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
-from replan.errors import PlannerError, ReplanError, ServiceError
+from replan.errors import JudgeError, PlannerError, ReplanError, ServiceError
 from replan.serve.desk import Conflict, Desk, Full, Ticket
 from replan.serve.limits import Limits, Problem
 
@@ -80,6 +80,7 @@ class Local(Generic[W, R]):
         self._load, self._why = load, ""
         self._state: State = "loading"
         self._loaded = threading.Event()
+        self.again = 5.0  # seconds between tries to load when something behind the model is out
         self.gpus = 0
 
     def start(self) -> None:
@@ -96,16 +97,24 @@ class Local(Generic[W, R]):
         self.desk.close()
 
     def _begin(self) -> None:
-        try:
-            self._load()
-        except Exception as error:  # whatever the model's libraries raise: the service must say that it is not ready
-            log.exception("loading failed")
-            self._state, self._why = "failed", f"loading failed: {type(error).__name__}: {error}"
-        else:
-            self.desk.start()
-            self._state = "ready"
-        finally:
-            self._loaded.set()
+        while True:
+            try:
+                self._load()
+            except (ServiceError, PlannerError, JudgeError) as error:  # something behind us is out: it may come back
+                log.warning("not ready, next try in %g s: %s", self.again, error)
+                self._why = f"waiting for what is behind: {error}"
+                if self.desk.closing.wait(self.again):
+                    return
+            except Exception as error:  # whatever the model's libraries raise: the service must say that it failed
+                log.exception("loading failed")
+                self._state, self._why = "failed", f"loading failed: {type(error).__name__}: {error}"
+                self._loaded.set()
+                return
+            else:
+                self.desk.start()
+                self._state, self._why = "ready", ""
+                self._loaded.set()
+                return
 
     @property
     def capacity(self) -> int:

@@ -46,10 +46,13 @@ def serve_on(app: Door, listener: socket.socket) -> None:
 
 
 @contextmanager
-def running(app: Door, host: str = LOOPBACK, port: int = 0) -> Iterator[str]:
-    """The service in a thread of this process; its address, once it accepts connections."""
+def running(app: Door, host: str = LOOPBACK, port: int = 0, grace: int = GRACE) -> Iterator[str]:
+    """The service in a thread of this process; its address, once it accepts connections.
+
+    `grace` is how many seconds requests under way have when the context ends.
+    """
     listener = listen(host, port)
-    made = server(app)
+    made = server(app, grace)
     thread = threading.Thread(target=made.run, args=([listener],), daemon=True, name="replan-serve")
     thread.start()
     try:
@@ -60,15 +63,15 @@ def running(app: Door, host: str = LOOPBACK, port: int = 0) -> Iterator[str]:
         yield f"http://{host}:{listener.getsockname()[1]}"
     finally:
         made.should_exit = True
-        thread.join(GRACE + 5)
+        thread.join(grace + 10)
         listener.close()
 
 
-def server(app: Door) -> uvicorn.Server:
+def server(app: Door, grace: int = GRACE) -> uvicorn.Server:
     """A server that says no more of itself than it must."""
     return uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
+            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace,
             lifespan="on",
         )
     )  # fmt: skip

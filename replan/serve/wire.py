@@ -36,7 +36,7 @@ EXAMPLE_PLAN = {
 class Message(BaseModel):
     """Base of all messages."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 RequestId = Annotated[
