@@ -8,7 +8,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +139,15 @@ def call(text: str, config: GrpoConfig, item: Row, **extra: Any) -> dict[str, fl
     )
 
 
+def test_sample_rollouts_become_pages(tmp_path: Path) -> None:
+    config = settings(output=str(tmp_path), samples=2, rollout={"prompts": 1, "group": 2})
+    for step in (1, 2):
+        for text in (GOOD, "<think>no plan</think>"):
+            call(text, config, row(), png=row().png, step=step, split="train")
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["train-step-000002.html"]
+    assert "no plan" in (tmp_path / "samples" / "train-step-000002.html").read_text()
+
+
 def test_a_malformed_plan_scores() -> None:
     good, bad = (call(text, settings(), row(), png=row().png) for text in (GOOD, "<think>no plan</think>"))
     assert good["score"] == pytest.approx(0.905)
@@ -157,7 +168,7 @@ def test_an_outage_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(
         reward={"kind": "edit"}, output="outage", services={"backoff": 0.0, "editor": "mini", "judge": "mini"}
     )
-    monkeypatch.setattr(services, "open_scorer", lambda _: Scorer(config.reward, broken, object()))  # type: ignore[arg-type]
+    monkeypatch.setattr(services, "open_scorer", lambda _: Scorer(config.reward, broken, SimpleNamespace(rate=None)))
     with pytest.raises(RolloutLost, match="the editor is gone"):
         call(GOOD, config, row(), png=row().png)
     told = call("<think>no plan</think>", config, row(), png=row().png)  # the policy's own fault all the same
@@ -166,11 +177,11 @@ def test_an_outage_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_picture_is_found_in_the_data_files(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.parquet", [row(0), row(1)], "format", {})
-    write_rows(tmp_path / "val.parquet", [row(7).__class__(0, "<image>x", row(7).png, row(7).task)], "format", {})
+    write_rows(tmp_path / "train.parquet", [row(0), row(1)], {"settings": {"kind": "format", "split": "train"}})
+    other = replace(row(7), index=0)
+    write_rows(tmp_path / "val.parquet", [other], {"settings": {"kind": "format", "split": "dev"}})
     config = settings(train=str(tmp_path / "train.parquet"), val=str(tmp_path / "val.parquet"))
-    held_out = Row(0, "", b"", row(7).task)  # the same number as a row of the training file
-    for item in (row(1), held_out):
+    for item in (row(1), other):  # the other has the number of a row of the training file
         assert call(GOOD, config, item)["score"] == pytest.approx(0.905)
     with pytest.raises(ConfigError, match="row 9: is in none of the run's data files"):
         call(GOOD, config, row(9))

@@ -21,7 +21,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 class Generator:
     """The rollout model, in an actor of its own; the trainer sends its weights after each step."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, longest: int) -> None:
         from transformers import AutoModelForImageTextToText
         from verl.utils import hf_processor, hf_tokenizer
 
@@ -29,6 +29,7 @@ class Generator:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor, self.tokenizer = hf_processor(path), hf_tokenizer(path)
         self.step: int | None = None
+        self.longest = longest
         self.turn = asyncio.Lock()
 
     async def load(self, weights: dict[str, torch.Tensor], step: int | None) -> None:
@@ -43,13 +44,13 @@ class Generator:
     abort_all_requests = resume_generation = start_profile = stop_profile = nothing
 
     async def generate(
-        self, prompt_ids: Any, sampling_params: dict[str, Any], request_id: str, image_data: Any = None, **more: Any
+        self, prompt_ids: Any, sampling_params: dict[str, Any], request_id: str, image_data: Any = None, **_: Any
     ) -> TokenOutput:
         async with self.turn:
-            return self._generate(list(prompt_ids), sampling_params, image_data, more.get("max_tokens"))
+            return self._generate(list(prompt_ids), sampling_params, image_data)
 
     @torch.no_grad()
-    def _generate(self, prompt: list[int], sampling: dict[str, Any], images: Any, most: int | None) -> TokenOutput:
+    def _generate(self, prompt: list[int], sampling: dict[str, Any], images: Any) -> TokenOutput:
         ids = torch.tensor([prompt])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
@@ -59,7 +60,7 @@ class Generator:
         heat = float(sampling.get("temperature", 1.0))
         made = self.model.generate(
             **inputs,
-            max_new_tokens=int(sampling.get("max_tokens") or sampling.get("max_new_tokens") or most or 16),
+            max_new_tokens=int(sampling.get("max_tokens") or self.longest),
             do_sample=heat > 0,
             temperature=heat or None,
             top_k=0,
@@ -99,7 +100,7 @@ class Replica(RolloutReplica):
     async def launch_servers(self) -> None:
         name = f"generator_{self.replica_rank}"
         actor = ray.remote(num_cpus=0)(Generator).options(name=name, max_concurrency=64)
-        handle = actor.remote(str(self.model_config.path))
+        handle = actor.remote(str(self.model_config.path), int(self.config.response_length))
         await handle.nothing.remote()
         self.servers, self._server_handle, self._server_address = [handle], handle, f"hf://{self.replica_rank}"
 
