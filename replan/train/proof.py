@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +24,6 @@ from replan import config as configs
 from replan import record
 from replan.errors import ConfigError
 from replan.images import write_atomic
-from replan.mini.report import rate
 from replan.train import run
 from replan.train.build import BuildConfig, build
 from replan.train.engine_trl import last_checkpoint, train
@@ -118,7 +118,7 @@ def _start(stage: str, folder: Path) -> Path:
 
 def _write(stage: str, folder: Path, curves: Sequence[Curve], overrides: Sequence[str]) -> tuple[Path, Path]:
     command = f"replan train prove {stage} FOLDER --seeds {len(curves)}"
-    mean = {name: rate([getattr(curve, name) for curve in curves]).mean for name in ("start", "end")}
+    mean = {name: statistics.fmean(getattr(curve, name) for curve in curves) for name in ("start", "end")}
     told = {
         "stage": stage,
         "measure": TITLE[MEASURE[stage]],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
@@ -13,8 +12,8 @@ from rollouts import Editor, Judge, answer, exact_plan, mini_rows, outage
 from replan.errors import ConfigError, PlanError, ServiceError
 from replan.judge import Unscored
 from replan.train.data import Rows
-from replan.train.patience import Outage, Patience
 from replan.train.grpo import ServiceConfig
+from replan.train.patience import Outage, Patience
 from replan.train.reward import RewardConfig
 from replan.train.score import Scored, Scorer
 from replan.types import Box, Region
