@@ -22,6 +22,7 @@ class Side:
     prepare  makes the run, outside the measured time: plans, masks, caches
     flops    of one run, given what was prepared (asked after the run)
     check    what is wrong with how it ran, or None; a side that ran something else than its name says gets no figures
+    operators  whether a CPU's operators can be watched meanwhile: not while FlexAttention runs uncompiled
     error    relative error of its output against the dense oracle, or None where it is the oracle or has another input
     """
 
@@ -31,6 +32,7 @@ class Side:
     check: Callable[[Seen], str | None] = lambda seen: None
     error: Callable[[Tensor], float] | None = None
     more: Callable[[], Mapping[str, Any]] = dict
+    operators: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,16 @@ class Row:
 Say = Callable[[str], None]
 
 
+Clock = Literal["wall", "cpu"]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How to measure. `clock`: wall time, or on a CPU that others use too, this process's own CPU time."""
 
     device: torch.device
     repeats: int
-    clock: Literal["wall", "cpu"]
+    clock: Clock
     say: Say
 
     def seconds(self, run: Callable[[], Any]) -> float:
@@ -132,7 +137,7 @@ def _first(group: str, side: Side, device: torch.device) -> tuple[Row, Callable[
     try:
         with torch.no_grad():
             run = side.prepare()
-            seen = observe(run, device)
+            seen = observe(run, device, operators=side.operators)
             problem = side.check(seen)
             error = None if side.error is None else side.error(seen.output)
     except (ReplanError, RuntimeError, ValueError, NotImplementedError, ImportError) as failure:

@@ -130,7 +130,8 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Bench:
 
 
 def _transformer(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
     kind: Any = FluxTransformer2DModel if shape.family == "flux" else QwenImageTransformer2DModel
     with torch.device("meta"):
@@ -156,7 +157,7 @@ def _backbone(shape: Shape) -> Callable[[Any], Any]:
 
 
 def _scheduler(shape: Shape) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     flux = {"max_shift": 1.15, "max_image_seq_len": 4096, "shift": 3.0}
     qwen = {"max_shift": 0.9, "max_image_seq_len": 8192, "shift": 1.0, "shift_terminal": 0.02}

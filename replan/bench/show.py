@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("", "median", "± %", "ratio", "speed-up", "GFLOP", "GFLOP/s", "peak MB", "error", "what ran")
+COLUMNS = ("", "median", "± %", "ratio", "speed-up", "GFLOP", "GFLOP/s", "peak MB", "error")
 
 
 def heading(report: Mapping[str, Any]) -> str:
@@ -26,9 +26,7 @@ def heading(report: Mapping[str, Any]) -> str:
 def cells(row: Mapping[str, Any]) -> list[str]:
     """One row of the table."""
     if row["problem"]:
-        return [row["name"], row["problem"], *[""] * (len(COLUMNS) - 2)]
-    more, ran = dict(row["more"]), ", ".join(f"{count} {name}" for name, count in row["kernels"].items())
-    ran += "".join(f"; {key} {_plain(value)}" for key, value in more.items() if value not in (None, [], {}))
+        return [f"{row['name']}: {row['problem']}", *[""] * (len(COLUMNS) - 1)]
     ratio = row["ratio"]
     return [
         row["name"],
@@ -40,29 +38,41 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _number(row["rate"], 1e9),
         _number(row["peak_bytes"], 1e6),
         "" if row["error"] is None else f"{row['error']:.1e}",
-        ran.removeprefix("; "),
     ]
 
 
-def groups(report: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+def ran(row: Mapping[str, Any]) -> str:
+    """Which kernels ran how often in one run, and what else is known of it."""
+    parts = [f"{count} x {name}" for name, count in row["kernels"].items()]
+    parts += [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in row["more"].items() if _told(value)]
+    return "; ".join(parts)
+
+
+def groups(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows under their headings, in order."""
-    found: dict[str, list[list[str]]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["rows"]:
-        found.setdefault(row["group"], []).append(cells(row))
+        found.setdefault(row["group"], []).append(row)
     return found
+
+
+def _told(value: Any) -> bool:
+    return value is not None and value != [] and value != {}
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """One table per group, for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     made = []
     for title, rows in groups(report).items():
-        table = Table(*COLUMNS, title=title, title_justify="left")
-        for column in table.columns[1:-1]:
+        table = Table(*COLUMNS, title=title, title_justify="left", show_lines=True)
+        for column in table.columns[1:]:
             column.justify, column.no_wrap = "right", True
         for row in rows:
-            table.add_row(*row)
+            name, *figures = cells(row)
+            table.add_row(Text(name).append(f"\n{ran(row)}" if ran(row) else "", style="dim"), *figures)
         made.append(table)
     return made
 
@@ -71,8 +81,14 @@ def markdown(report: Mapping[str, Any], command: str) -> str:
     """The report as a Markdown page."""
     lines = [f"`{command}`", "", heading(report)]
     for title, rows in groups(report).items():
-        lines += ["", f"**{title}**", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 8 + "---|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            "| " + " | ".join([*COLUMNS, "what ran"]) + " |",
+            "|---|" + "---:|" * 8 + "---|",
+        ]
+        lines += ["| " + " | ".join([*cells(row), ran(row)]) + " |" for row in rows]
     lines += ["", *NOTES]
     return "\n".join(lines) + "\n"
 

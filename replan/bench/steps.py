@@ -25,8 +25,8 @@ EXECUTORS = ("dense", "flex", "cascade")
 def step_rows(bench: Bench, scene: Scene, how: Plan) -> list[Row]:
     """One forward of one prompt each, all with the same noise; the stock step comes first and is the measure."""
     sides = [_stock(bench), *(_masked(bench, scene, name) for name in EXECUTORS), _original(bench, scene)]
-    for preset, kind in (("cached", "cached"), ("fast", "region")):
-        sides.append(_reusing(bench, scene, load_speed(preset), kind))
+    sides.append(_reusing(bench, scene, load_speed("cached"), "cached"))
+    sides.append(_reusing(bench, scene, load_speed("fast"), "region"))
     return alternate(f"{bench.shape.name}: one step", sides, how)
 
 
@@ -73,13 +73,15 @@ def _masked(bench: Bench, scene: Scene, executor: str) -> Side:
     def error(output: Tensor) -> float:
         return relative(output, oracle(bench, scene, EXACT, "full"))
 
+    compiled = executor != "flex" or bench.device.type == "cuda"
     return Side(
         f"masked step, {executor}" + (" (the oracle)" if executor == "dense" else ""),
         prepare,
         lambda: _flops(bench, made, "full"),
         lambda seen: _ran(made, executor, seen, bench.device),
         None if executor == "dense" else error,
-        lambda: made.notes,
+        lambda: {} if compiled else {"not compiled": "no kernel of its own on this device"},
+        operators=compiled,
     )
 
 
@@ -148,10 +150,8 @@ def _reusing(bench: Bench, scene: Scene, speed: SpeedConfig, kind: Kind) -> Side
         ran = made.stepper.taken[-1]
         return None if ran == kind else f"a {ran} step ran"
 
-    named = {"cached": "cached step (reference reused)", "region": "region step (background reused)"}
-    return Side(
-        named[kind], prepare, lambda: _flops(bench, made, kind), check, error, lambda: {**made.notes, **_ways(made)}
-    )
+    name = "cached step (reference reused)" if kind == "cached" else "region step (background reused)"
+    return Side(name, prepare, lambda: _flops(bench, made, kind), check, error, lambda: {**made.notes, **_ways(made)})
 
 
 def oracle(bench: Bench, scene: Scene, speed: SpeedConfig, kind: Kind, hint: int | None = None) -> Tensor:

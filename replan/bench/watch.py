@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import Unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,15 +26,14 @@ class Seen:
     peak: int | None
 
 
-def observe(run: Callable[[], Tensor], device: torch.device) -> Seen:
-    """Run once and look: by the operators on a CPU, by profiler and allocator on CUDA."""
+def observe(run: Callable[[], Tensor], device: torch.device, *, operators: bool = True) -> Seen:
+    """Run once and look: by the operators on a CPU (if they can be watched), by profiler and allocator on CUDA."""
     if device.type != "cuda":
+        if not operators:
+            return Seen(run(), Counter(), None)
         watch = _Watch()
-        try:
-            with watch:
-                output = run()
-        except (NotImplementedError, Unsupported):  # FlexAttention's operator refuses to be watched
-            return Seen(run(), Counter({"flex_attention": 1}), None)
+        with watch:
+            output = run()
         return Seen(output, watch.kernels, watch.peak)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

@@ -67,7 +67,7 @@ def run(
         steps,
         repeats,
         clock,
-        tuple(parts.replace(" ", "").split(",")),  # type: ignore[arg-type]
+        tuple(parts.replace(" ", "").split(",")),
     )
     quiet_libraries()
     report = measure(asked, say)
