@@ -24,9 +24,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -54,15 +55,20 @@ class Tally:
 
 
 def main() -> None:
-    asked = _arguments()
-    with _service(asked) as (url, root):
-        tally, wall = asyncio.run(_load(url, root, asked))
-    figures = _figures(tally, wall, asked)
+    figures = run(sys.argv[1:])
     print(json.dumps(figures, indent=2))
     sys.exit(0 if all(figures["checks"].values()) else 1)
 
 
-def _arguments() -> argparse.Namespace:
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """The figures of a load test by its command line."""
+    asked = _arguments(arguments)
+    with _service(asked) as (url, root):
+        tally, wall = asyncio.run(_load(url, root, asked))
+    return _figures(tally, wall, asked)
+
+
+def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--requests", type=int, default=2000)
@@ -72,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--port", type=int, default=8571)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @contextlib.contextmanager
@@ -226,7 +232,7 @@ def _named(pid: int, name: str) -> bool:
     return False
 
 
-def _figures(tally: Tally, wall: float, asked: argparse.Namespace) -> dict:
+def _figures(tally: Tally, wall: float, asked: argparse.Namespace) -> dict[str, Any]:
     answers = sum(tally.answers.values())
     ordered = sorted(tally.seconds) or [0.0]
     # replicas that were killed start anew, so memory is compared over the second half, where none are

@@ -170,6 +170,7 @@ def application(setup: Setup, limits: Limits, cluster: Cluster) -> Any:
         max_ongoing_requests=ongoing(limits),
         max_queued_requests=limits.queue,
         ray_actor_options={"num_gpus": cluster.gpus, "num_cpus": cluster.cpus},
+        max_constructor_retry_count=3,
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=5,
@@ -217,9 +218,20 @@ def running(setup: Setup, limits: Limits, cluster: Cluster) -> Iterator[str]:
 
 def _running() -> int:
     """How many replicas Ray routes to."""
+    deployment = _deployment()
+    states = {} if deployment is None else deployment.replica_states
+    return sum(count for state, count in states.items() if str(state).rpartition(".")[2] == "RUNNING")
+
+
+def _why() -> str:
+    """The last line of what Ray tells of the replicas: the error that stopped them."""
+    deployment = _deployment()
+    lines = [] if deployment is None else [line for line in deployment.message.splitlines() if line.strip()]
+    return next((line.strip() for line in reversed(lines) if "Error" in line), "")
+
+
+def _deployment() -> Any:
     from ray import serve
 
     application = serve.status().applications.get(APP)
-    deployment = None if application is None else application.deployments.get(EDITOR)
-    states = {} if deployment is None else deployment.replica_states
-    return sum(count for state, count in states.items() if str(state).rpartition(".")[2] == "RUNNING")
+    return None if application is None else application.deployments.get(EDITOR)
