@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import replan
-from replan import config, record
+from replan import config, memory, record
 from replan.errors import ConfigError
 
 State = Literal["ok", "absent", "broken"]
 _GIB = 2**30
-_GIB_OF: Mapping[str, tuple[float, float]] = {
-    "mini": (0.2, 0.2),
-    "flux-kontext": (36, 26),
-    "qwen-image-edit": (62, 44),
-    "qwen-image-edit-plus": (62, 44),
-}
 _GATED = ("flux-kontext",)
 _SECRETS = {
     "OPENAI_API_KEY": "not set; needed by planners at OpenAI",
@@ -63,7 +57,7 @@ def examine() -> list[Check]:
     if isinstance(torch, Check):
         return [*checks, torch]
     checks += [*_device(torch), *_attention(torch), *_extras(), *_configs()]
-    return [*checks, *_models(torch), *_remote()]
+    return [*checks, *_models(torch), *_memory(torch), *_remote()]
 
 
 def healthy(checks: list[Check]) -> bool:
@@ -179,17 +173,48 @@ def models() -> tuple[Model, ...]:
     mini = Path(replan.__file__).parent / "mini" / "weights" / "planner"
     planners = (
         Model("planner mini", str(mini), "config.json", 0.1, 0.1),
-        Model(f"planner {RELEASED_PLANNER.partition('/')[2]}", RELEASED_PLANNER, "config.json", 17, 17),
+        Model(f"planner {RELEASED_PLANNER.partition('/')[2]}", RELEASED_PLANNER, "config.json", *_planner_need()),
     )
     backbones = []
     for row in BACKBONES:
-        if row.name in _GIB_OF:
-            memory, offloaded = _GIB_OF[row.name]
-            weights = find(row.name)[1]
-            backbones.append(
-                Model(f"backbone {row.name}", weights, "model_index.json", memory, offloaded, row.name in _GATED)
-            )
+        weights = find(row.name)[1]
+        if row.name in memory.FOOTPRINTS:
+            need, gated = _editor_need(memory.FOOTPRINTS[row.name]), row.name in _GATED
+            backbones.append(Model(f"backbone {row.name}", weights, "model_index.json", *need, gated))
+        elif not row.weights:  # ours, a few megabytes
+            backbones.append(Model(f"backbone {row.name}", weights, "model_index.json", 0.2, 0.2))
     return (*planners, *backbones)
+
+
+def _planner_need() -> tuple[float, float]:
+    need = (2.0 * memory.PLANNER + memory.PLANNING + memory.CONTEXT) / _GIB
+    return need, need
+
+
+def _editor_need(editor: memory.Footprint) -> tuple[float, float]:
+    """GiB of an editor alone: all resident, and one part at a time."""
+    whole, offloaded = (
+        memory.peak(editor, memory.Setting("", offload), reuse=False, planner=False) for offload in ("none", "model")
+    )
+    return whole / _GIB, offloaded / _GIB
+
+
+def _memory(torch: Any) -> Iterator[Check]:
+    """The fastest setting that fits, for usual cards and for what is free here; computed, see replan.memory."""
+    for editor in (memory.FLUX, memory.QWEN):
+        yield Check("memory", editor.name, "ok", memory.formula(editor))
+    for name, card, advice in memory.table():
+        yield _advice(f"{name}, {card} GiB", advice)
+    if torch.cuda.is_available():
+        free = max(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+        for editor in (memory.FLUX, memory.QWEN):
+            yield _advice(f"{editor.name}, here", memory.advise(editor, free))
+
+
+def _advice(name: str, advice: memory.Advice | None) -> Check:
+    if advice is None:
+        return Check("memory", name, "absent", "nothing fits; plan elsewhere (--planner URL) or use a larger card")
+    return Check("memory", name, "ok", f"{advice.words} (peak {advice.peak / _GIB:.1f} GiB)")
 
 
 def _models(torch: Any) -> Iterator[Check]:

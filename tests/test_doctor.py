@@ -48,12 +48,12 @@ def test_this_machine() -> None:
 @pytest.mark.parametrize(
     ("torch", "ram", "expected"),
     [
-        (machine(), 8, "needs about 72 GiB in memory, 8.0 GiB are free"),
+        (machine(), 8, "needs about 67 GiB in memory, 8.0 GiB are free"),
         (machine(), 100, "would run"),
         (machine(cuda=1, free=80), 8, "would run"),
         (machine(cuda=2, free=30), 8, "would run with --offload model"),
         (machine(cuda=1, free=8), 64, "would run with --offload sequential (slow), or try --quantize nf4"),
-        (machine(cuda=1, free=8), 8, "needs about 36 GiB on the accelerator, 8.0 GiB are free"),
+        (machine(cuda=1, free=8), 8, "needs about 34 GiB on the accelerator, 8.0 GiB are free"),
         (machine(mps=True), 64, "would run"),
     ],
 )
@@ -61,6 +61,18 @@ def test_what_would_run(monkeypatch: pytest.MonkeyPatch, torch: Any, ram: float,
     monkeypatch.setattr(doctor, "ram", lambda: int(ram * GIB))
     monkeypatch.setattr(doctor, "free_ram", lambda: int(ram * GIB))
     assert named(doctor._models(torch), "backbone flux-kontext").found == f"not downloaded; {expected}"
+
+
+def test_what_fits_into_which_card() -> None:
+    checks = list(doctor._memory(machine()))
+    assert named(checks, "flux-kontext, 48 GiB").found.startswith("--offload stages (peak ")
+    assert named(checks, "qwen-image-edit, 16 GiB").found.startswith(
+        "--offload model --quantize nf4 planner.quantize=nf4"
+    )
+    assert "14.7 x 8832 x 3072 x 2 B" in named(checks, "flux-kontext").found
+    here = named(doctor._memory(machine(cuda=1, free=140)), "flux-kontext, here")
+    assert (here.state, here.found.split(" (peak")[0]) == ("ok", "(none)")
+    assert named(doctor._memory(machine(cuda=1, free=2)), "flux-kontext, here").state == "absent"
 
 
 def test_weights_that_are_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
