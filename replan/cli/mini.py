@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,40 +49,103 @@ def show(
 def report(
     count: Annotated[int, typer.Option("--n", min=2, help="How many items.")] = 500,
     split: Split = "test",
+    rows: Annotated[
+        str,
+        typer.Option(
+            "--rows", metavar="A,B,...", help="Only these rows, or files of attention rules; `--rows list` names all."
+        ),
+    ] = "",
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all figures as JSON; rows that are there already are kept."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also write the table as a picture (png, svg, pdf).")
+    ] = None,
+    read: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Measure nothing: the report of this JSON file.")
+    ] = None,
+    edit: Annotated[
+        str, typer.Option("--edit", metavar="NAME", help="The editor's settings instead of its own: a name or a file.")
+    ] = "",
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes side by side; on a CPU one per core, at most 4.")
     ] = None,
     backbone: options.Backbone = None,
     planner: options.Planner = None,
 ) -> None:
     """Measure planner and editor on held-out items with the exact judge: Markdown on stdout.
 
-    [bold]Example[/bold]
-      [cyan]replan mini report --n 500 --json report.json[/cyan]     about ten minutes on two cores
+    Rows: the base editor, the same with the instruction rewritten from the plan, each preset of attention rules with
+    the exact plan, boxes that are off, and the planner's own plans with and without reasoning.
+
+    [bold]Examples[/bold]
+      [cyan]replan mini report --json report.json --plot report.png[/cyan]     run it again to go on where it stopped
+      [cyan]replan mini report --n 100 --rows base,paper,own[/cyan]            a quick look
+      [cyan]replan mini report --from report.json[/cyan]                       the tables again
     """
-    import json
-    from dataclasses import asdict, replace
-
-    from replan.cli.console import out
+    from replan.cli.console import out, say
+    from replan.cli.outputs import writable
     from replan.images import write_atomic
-    from replan.mini.report import measure, render_markdown
+    from replan.mini import table
+    from replan.mini.ways import choose, ways
 
-    editor = _editor(backbone, planner)
-    paper = replace(editor.config.mask, isolate=0.0, region_reads_main=True, pooled="main")
-    tables = measure(editor, _items(split, count), paper)
-    if json_file:
-        plain = {name: {column: asdict(value) for column, value in table.items()} for name, table in tables.items()}
-        write_atomic(json_file, json.dumps(plain, indent=2).encode() + b"\n")
-    out(render_markdown(tables))
+    if rows == "list":
+        for way in ways().values():
+            out(f"{way.name:20} {way.group}: {way.title}")
+        return
+    for path in (json_file, plot):
+        if path is not None:
+            writable(path.parent)
+    if read is not None:
+        found = table.read(read)
+    else:
+        from replan.cli.console import quiet_libraries
+        from replan.mini.report import Job, Models, measure
+
+        quiet_libraries()
+        chosen = choose([name.strip() for name in rows.split(",") if name.strip()])
+        models = Models(backbone or "mini", planner or "mini", edit)
+        done = table.read(json_file) if json_file is not None and json_file.exists() else None
+        job = Job(models, _known_split(split), count, chosen, workers or _cores(), done)
+        found = measure(job, lambda so_far: _keep(so_far, json_file), say)
+    if plot is not None:
+        table.picture(found, plot)
+    if read is not None and json_file is not None:
+        write_atomic(json_file, table.to_text(found).encode())
+    out(table.markdown(found))
+
+
+def _keep(report: dict[str, Any], path: Path | None) -> None:
+    from replan.images import write_atomic
+    from replan.mini.table import to_text
+
+    if path is not None:
+        write_atomic(path, to_text(report).encode())
+
+
+def _cores() -> int:
+    """One process per core on a CPU; with an accelerator one."""
+    import os
+
+    import torch
+
+    return 1 if torch.cuda.is_available() or torch.backends.mps.is_available() else min(os.cpu_count() or 1, 4)
+
+
+def _known_split(split: str) -> str:
+    from replan.errors import ConfigError
+    from replan.mini.rows import COUNTS
+
+    if split not in COUNTS:
+        raise ConfigError(f"split = {split!r}: must be {' or '.join(COUNTS)}")
+    return split
 
 
 def _items(split: str, count: int) -> list:
-    from replan.errors import ConfigError
-    from replan.mini.report import SPLITS, items
+    from replan.mini.report import items
 
-    if split not in SPLITS:
-        raise ConfigError(f"split = {split!r}: must be {' or '.join(SPLITS)}")
-    return items(split, count)
+    return items(_known_split(split), count)
 
 
 def _editor(backbone: str | None, planner: str | None) -> Editor:

@@ -1,6 +1,5 @@
 """The shipped models do the main job, on items that training never saw."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 from replan import Editor, EditRequest
 from replan.mini.instructions import Change, Item, make_item
 from replan.mini.judge import judge
-from replan.mini.report import items, measure, render_markdown, request, score_edits, score_plans
+from replan.mini.report import items, request, score_plans
 from replan.mini.scenes import draw
 from replan.mini.sheet import contact_sheet
 
@@ -68,24 +67,17 @@ def test_plans_of_unseen_scenes(editor: Editor, dev: list[Item]):
 
 def test_regions_beat_the_bare_instruction(editor: Editor, dev: list[Item]):
     local = [item for item in dev if item.plan.regions]
-    regional = score_edits([judge(item, editor(request(item, planned=True)).image) for item in local])
-    bare = score_edits([judge(item, editor.baseline(request(item)).image) for item in local])
-    assert regional["success"].mean >= 0.6
-    assert regional["success"].mean >= bare["success"].mean + 0.2
-    assert regional["outside_psnr"].mean > 30
+    regional = [judge(item, editor(request(item, planned=True)).image) for item in local]
+    bare = [judge(item, editor.baseline(request(item)).image) for item in local]
+    successes = sum(verdict.success for verdict in regional) / len(local)
+    assert successes >= 0.6
+    assert successes >= sum(verdict.success for verdict in bare) / len(local) + 0.2
+    assert sum(verdict.outside_psnr for verdict in regional) / len(local) > 30
 
 
 def test_the_same_seed_gives_the_same_bytes(editor: Editor, dev: list[Item]):
     first, other, again = (editor(request(dev[number], planned=True, seed=5)).image.tobytes() for number in (0, 1, 0))
     assert first == again != other
-
-
-def test_the_report_measures_every_way(editor: Editor, dev: list[Item]):
-    paper = replace(editor.config.mask, region_reads_main=True, pooled="main")
-    tables = measure(editor, dev[:3], paper)
-    assert set(tables) >= {"planner", "exact plan", "end to end"}
-    text = render_markdown(tables)
-    assert all(name in text for name in tables if name != "planner")
 
 
 def test_the_sheet_and_its_verb(tmp_path: Path, dev: list[Item]):
@@ -97,17 +89,6 @@ def test_the_sheet_and_its_verb(tmp_path: Path, dev: list[Item]):
     assert result.stdout.strip() == str(sheet)
     with Image.open(sheet) as picture:
         assert picture.size == contact_sheet(dev[:4]).size
-
-
-def test_the_report_verb_writes_json(tmp_path: Path):
-    from replan.cli import app
-
-    file = tmp_path / "report.json"
-    result = CliRunner().invoke(app, ["mini", "report", "--n", "2", "--split", "dev", "--json", str(file)])
-    assert result.exit_code == 0, result.output
-    figures = json.loads(file.read_text())
-    assert figures["exact plan"]["success"]["count"] == 2
-    assert result.stdout.startswith("Planner on 2 held-out items")
 
 
 def test_an_unknown_split_is_the_users_mistake():
