@@ -37,7 +37,7 @@ from replan.mini.scenes import draw
 from replan.serve.client import ClientConfig, EditClient
 from replan.types import Edit, EditRequest
 
-PICTURES = 8
+PICTURES = 4
 SEEDS = 3  # few different requests, so that the expected pictures can be made in this process
 
 
