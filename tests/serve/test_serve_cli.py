@@ -1,0 +1,94 @@
+"""`replan serve` as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from servants import until
+from typer.testing import CliRunner
+
+from replan.cli import app
+from replan.serve import wire
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command in a process of its own; the address that it printed."""
+    command = [sys.executable, "-m", "replan", "serve", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip(), process
+        finally:
+            process.kill()
+
+
+def test_a_judge_from_start_to_ctrl_c():
+    with started("judge", "--port", "0") as (url, process):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+        until(lambda: httpx.get(url + "/ready").status_code == 200, 60)
+        about = wire.About.model_validate(httpx.get(url + "/v1/about").json())
+        assert (about.service, about.model["name"], about.limits["queue"]) == ("judge", "mini", 64)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_help_names_the_two_services():
+    runner = CliRunner()
+    told = runner.invoke(app, ["serve", "--help"])
+    assert told.exit_code == 0
+    assert {"editor", "judge"} <= set(told.output.split())
+    for verb in ("editor", "judge"):
+        assert "127.0.0.1" in runner.invoke(app, ["serve", verb, "--help"], env={"COLUMNS": "200"}).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["editor", "stepps=3"], "did you mean steps"),
+        (["editor", "--backbone", "minni"], "did you mean mini"),
+        (["judge", "--judge", "nobody"], "nobody"),
+        (["judge", "concurency=3"], "did you mean concurrency"),
+    ],
+)
+def test_mistakes_end_with_2(arguments: list[str], told: str):
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2
+    assert told in result.output
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "judge", "--port", port])
+    assert result.exit_code == 2
+    assert f"127.0.0.1:{port}: cannot listen there" in result.output
+
+
+def test_the_script_is_one_command(tmp_path: Path):
+    """With a `replan` that only shows what it was asked, and no GPU."""
+    fake = tmp_path / "replan"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BACKBONE": "mini", "REPLICAS": "2"}
+    answer = subprocess.run(
+        [SCRIPTS / "serve_editor.sh", "steps=2"], env=environment, capture_output=True, text=True, check=True
+    )
+    wanted = "serve editor --backbone mini --planner none --replicas 2 --host 127.0.0.1 --port 8001 steps=2"
+    assert answer.stdout.strip() == wanted
