@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 VERSION = "0.9.1"
 HELD_OUT_TEMPERATURE = 0.5  # of the published runs' validation
 NO_DUAL_CLIP = 1e9  # verl knows no "off": a bound that no ratio reaches
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, ADAPTER = "checkpoints", "lora_adapter"
 
 
 def train(config: GrpoConfig) -> Path:
@@ -328,5 +329,26 @@ def merge(checkpoint: Path, folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{actor}: verl merged it, but {folder} holds no weights")
     told = actor.parent.parent.parent / run.RUN  # <run>/checkpoints/global_step_N/actor
-    if told.is_file():
-        complete(folder, json.loads(told.read_bytes())["config"]["planner"])
+    about = json.loads(told.read_bytes()) if told.is_file() else {}
+    if (folder / ADAPTER).is_dir():
+        _fold(folder, about.get("engine", {}).get("actor_rollout_ref", {}).get("model", {}).get("lora_alpha"))
+    if about:
+        complete(folder, about["config"]["planner"])
+
+
+def _fold(folder: Path, alpha: int | None) -> None:
+    """Merge the adapter, which verl's merger leaves beside the base, into it; verl's checkpoints lack its `alpha`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    if alpha is None:
+        raise ConfigError(
+            f"{folder}: was trained with LoRA, and only {run.RUN} of its run knows the scale; keep it there"
+        )
+    path = folder / ADAPTER / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"lora_alpha": alpha}))
+    base: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    merged: Any = PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(folder)
+    shutil.rmtree(folder / ADAPTER)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import subprocess
 import sys
@@ -360,20 +359,15 @@ def test_an_outage_leaves_a_checkpoint_of_the_last_finished_step(
 # --- merger ----------------------------------------------------------------------------------------------------------
 
 
-def handmade(folder: Path) -> dict[str, Any]:
-    """A checkpoint as verl's FSDP2 engine writes it, of the mini planner with one weight changed."""
+def handmade(folder: Path, model: Any) -> None:
+    """A checkpoint of `model`, a form of the mini planner, as verl's FSDP2 engine writes it."""
     import shutil
 
     import torch
     import torch.distributed as distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
-    from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(model_folder("mini"), dtype=torch.bfloat16)
-    with torch.no_grad():
-        next(model.parameters()).add_(1.0)
-    weights = copy.deepcopy(model.state_dict())
     actor = folder / "actor"
     shutil.copytree(
         model_folder("mini"), actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "*.md")
@@ -382,32 +376,67 @@ def handmade(folder: Path) -> dict[str, Any]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-        shards = {name: DTensor.from_local(value, mesh, [Shard(0)]) for name, value in weights.items()}
+        shards = {name: DTensor.from_local(value, mesh, [Shard(0)]) for name, value in model.state_dict().items()}
         torch.save(shards, actor / "model_world_size_1_rank_0.pt")
     finally:
         distributed.destroy_process_group()
-    return weights
+
+
+def load(folder: Path | str) -> Any:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def test_a_checkpoint_becomes_a_planner(tmp_path: Path) -> None:
     import torch
-    from transformers import AutoModelForImageTextToText
 
     from replan.planner import load_planner
     from replan.train.folder import export
 
-    weights = handmade(tmp_path / "run" / "checkpoints" / "global_step_7")
+    model = load(model_folder("mini"))
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    handmade(tmp_path / "run" / "checkpoints" / "global_step_7", model)
     (tmp_path / "run" / run.RUN).write_text(json.dumps({"config": {"planner": "mini"}}))
     export(tmp_path / "run", tmp_path / "planner")
-    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "planner", dtype=torch.bfloat16).state_dict()
+    weights, found = model.state_dict(), load(tmp_path / "planner").state_dict()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert (tmp_path / "planner" / "replan_prompt.txt").read_text() == "{instruction}"
     assert load_planner(str(tmp_path / "planner"), device="cpu")
 
 
+def test_an_adapter_is_folded_in(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(
+        load(model_folder("mini")), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"])
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "global_step_7"
+    handmade(checkpoint, model)
+    with pytest.raises(ConfigError, match=r"only run\.json of its run knows the scale"):
+        engine_verl.merge(checkpoint, tmp_path / "nowhere")
+    told = {"config": {"planner": "mini"}, "engine": {"actor_rollout_ref": {"model": {"lora_alpha": 4}}}}
+    (tmp_path / "run" / run.RUN).write_text(json.dumps(told))
+    engine_verl.merge(checkpoint, tmp_path / "planner")
+    expected, found = model.merge_and_unload().state_dict(), load(tmp_path / "planner").state_dict()
+    base = load(model_folder("mini")).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=0.02, atol=0.002) for name in expected)  # bfloat16
+    assert sum(not torch.equal(found[name], base[name]) for name in base) == 8  # two in each of four layers
+    assert not (tmp_path / "planner" / "lora_adapter").exists()
+
+
 def test_a_broken_shard_is_an_error_and_no_planner(tmp_path: Path) -> None:
-    handmade(tmp_path / "global_step_7")
+    handmade(tmp_path / "global_step_7", load(model_folder("mini")))
     (tmp_path / "global_step_7" / "actor" / "model_world_size_1_rank_0.pt").write_bytes(b"cut off")
     with pytest.raises(ConfigError, match="verl could not merge it"):
         engine_verl.merge(tmp_path / "global_step_7", tmp_path / "planner")

@@ -103,9 +103,9 @@ def test_stage_1_trains_and_goes_on_where_it_was(data: Path, tmp_path: Path) -> 
     from replan.planner import load_planner
     from replan.train.weaken import weaken
 
-    weak = weaken("mini", tmp_path / "weak", 0.2)
+    weak = weaken("mini", tmp_path / "weak", 0.4)
     output = tmp_path / "stage1"
-    over = (f"planner={weak}", *files(data, output), "rollout.temperature=1.3", "optim.lr=1e-4")
+    over = (f"planner={weak}", *files(data, output), "optim.lr=1e-4")
     done = train("grpo/mini_stage1", *over, "steps=2", log=tmp_path / "first.log")
     assert done.returncode == 0, done.stdout[-4000:]
     assert steps(output) == [1, 2]
@@ -140,7 +140,7 @@ class Moody:
         return getattr(self.judge, name)
 
     def rate(self, case: Any, dimension: Any) -> Any:
-        if self.is_out or case.result().tobytes()[7] % 8 == 0:
+        if self.is_out or int(case.result_sha256[:2] or "1", 16) % 8 == 0:
             raise JudgeError("out of order")
         return self.judge.rate(case, dimension)
 
