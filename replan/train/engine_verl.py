@@ -48,6 +48,8 @@ def train(config: GrpoConfig) -> Path:
     """
     composed = compose(config)
     rows, val = Rows(config.train), None if config.val is None else Rows(config.val)
+    if len(rows) < config.rollout.prompts:
+        raise ConfigError(f"{config.train}: {len(rows)} rows are fewer than rollout.prompts = {config.rollout.prompts}")
     open_scorer(config).close()  # a wrong name is told now, and not by a lost batch
     run.start(config, rows, val, _plain(composed))
     log.info("verl: %d steps on %d x %d GPUs", config.steps, config.nodes, config.gpus)

@@ -266,6 +266,15 @@ def test_all_shards_or_none(tmp_path: Path) -> None:
     assert engine_verl.shards_of(half) == []
 
 
+def test_more_prompts_than_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "train.parquet", [row(0)], {"settings": {"kind": "format", "split": "train"}})
+    monkeypatch.setattr(engine_verl, "compose", lambda config: None)
+    config = settings(train=str(tmp_path / "train.parquet"), output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"1 rows are fewer than rollout\.prompts = 16"):
+        engine_verl.train(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_verl_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
