@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from replan import config
-from replan.backbones import EditConfig, Runtime, default_config
+from replan.backbones import BACKBONES, EditConfig, Runtime, default_config
 from replan.cli.options import Flags
 from replan.denoise import sample
 from replan.errors import ConfigError
@@ -71,9 +71,19 @@ def test_the_direct_preset_cuts_regions_off_from_the_main_prompt() -> None:
     assert Role(RoleKind.MAIN) not in rules[Role(RoleKind.NOISE_REGION, 1)]
 
 
-def test_rules_alone_leave_the_other_settings() -> None:
-    assert set(load_preset("local")) == {"rules"}
-    assert apply_preset(MASK, "local").pooled == "hints"
+def test_rules_alone_leave_the_other_settings(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("region i: hint i\n")
+    assert set(load_preset(file)) == {"rules"}
+    assert apply_preset(MASK, file).pooled == "hints"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_means_the_same_over_every_backbone(name: str) -> None:
+    """`from: paper` starts with a backbone's own switches, so a preset has to say those that differ somewhere."""
+    masks = [apply_preset(default_config(row.name).mask, name) for row in BACKBONES]
+    assert len({repr(schedule(2, mask)) for mask in masks}) == 1
+    assert len({mask.pooled for mask in masks}) == 1
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:

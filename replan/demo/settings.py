@@ -77,6 +77,9 @@ def command(name: str, instruction: str, settings: Settings, wanted: EditConfig,
     words += _changed("--steps", wanted.steps, own.steps)
     words += _changed("--guidance", strength(wanted), strength(own))
     words += _changed("--expand", wanted.mask.expand, own.mask.expand)
+    plain, before = config.dump(wanted.mask), config.dump(own.mask)
+    shown = ("expand", "isolate", "rules")  # by the words around this
+    words += [f"mask.{k}={json.dumps(plain[k])}" for k in plain if k not in shown and plain[k] != before[k]]
     if wanted.mask.rules:
         phases = [config.dump(phase) for phase in wanted.mask.rules]
         words.append(f"mask.rules={json.dumps(phases)}")

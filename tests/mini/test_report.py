@@ -22,8 +22,10 @@ from replan.mini.report import Job, Models, Shot, cases, items, measure, request
 from replan.mini.ways import Way, choose, hasty, jitter, make, name_things, rewrite, ways, where
 from replan.planner.local import LocalPlanner
 from replan.presets import preset_names
+from replan.rules import schedule
 from replan.types import Box, Plan, Region, Size
 
+ASSETS = Path(__file__).parents[2] / "assets" / "mini"
 SIZE = Size(96, 96)
 CUP = "I see white cup top left, red box center. Look for the cup. It is the white cup top left: recolour it."
 
@@ -54,6 +56,11 @@ def test_a_rules_file_is_a_row_beside_the_presets(tmp_path: Path) -> None:
     first, mine, last = choose(["ceiling", str(file), "base"])
     assert (first.name, mine.title, last.name) == ("base", "rules `mine`", "ceiling")
     assert Models().settings(mine).mask.expand == 0.25
+
+
+@pytest.mark.parametrize("file", sorted((ASSETS / "rules").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_tried_rules_still_load(file: Path) -> None:
+    assert schedule(2, Models().settings(choose([str(file)])[0]).mask)
 
 
 def test_a_rewrite_says_each_hint_of_the_thing_that_the_reasoning_names() -> None:
