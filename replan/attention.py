@@ -68,6 +68,18 @@ def executor_of(mask: Prepared) -> Engine:
     return "flex" if isinstance(mask, FlexMask) else "cascade" if isinstance(mask, CascadeMask) else "dense"
 
 
+def bytes_of(mask: Prepared) -> int:
+    """Bytes on the device that a prepared mask takes."""
+    if isinstance(mask, CascadeMask):
+        return 0
+    if isinstance(mask, Tensor):
+        return mask.nbytes
+    blocks = mask.blocks
+    lists = (blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    # two int64 per token: what a token is and what it reads
+    return 16 * blocks.seq_lengths[1] + sum(part.nbytes for part in lists if part is not None)
+
+
 def prepare(mask: RegionMask, executor: str, device: torch.device | str, rows: int | None = None) -> Prepared:
     """The mask in its executor's form, on `device`; once per plan and phase. Dense is bool [1, 1, rows, S].
 
@@ -149,7 +161,7 @@ def attend(
         return _flex(query, key, value, mask).transpose(1, 2)
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if needed and not differentiable(query.device):
-        seen = mask.mask.to(query.device).dense(mask.rows)[None, None]
+        seen = mask.dense(query.device)[None, None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
     return cascade(query, key, value, mask).transpose(1, 2)
 

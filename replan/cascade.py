@@ -23,27 +23,34 @@ TILES = 96  # rectangles, beyond which the bookkeeping outweighs the gain
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Queries rows[0]..rows[1] see keys keys[0]..keys[1]. `pieces`: (start, stop, merge) parts of the rows; with
-    merge = False they have no earlier partial result. `last`: no later tile touches these rows."""
+    merge = False they have no earlier partial result."""
 
     rows: tuple[int, int]
     keys: tuple[int, int]
     pieces: tuple[tuple[int, int, bool], ...] = ()
-    last: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CascadeMask:
-    """The rectangles of a mask over `length` keys, for its first `rows` tokens as queries; `mask` is where they came
-    from. Tokens that nobody sees may go without a result (zeros)."""
+    """The rectangles of a mask over `length` keys, for its first `rows` tokens as queries.
+
+    Tokens that nobody sees may be in no rectangle; their result is zero.
+    """
 
     rows: int
     length: int
     tiles: tuple[Tile, ...]
-    mask: RegionMask
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CascadeMask:
         """Itself: plain numbers, as good on any device; offload hooks ask for this."""
         return self
+
+    def dense(self, device: torch.device | str) -> Tensor:
+        """The same as a bool matrix [rows, length]; what nobody sees reads all, so that no row is empty."""
+        seen = torch.zeros(self.rows, self.length, dtype=torch.bool, device=device)
+        for tile in self.tiles:
+            seen[slice(*tile.rows), slice(*tile.keys)] = True
+        return seen | ~seen.any(dim=1, keepdim=True)
 
 
 def plan_tiles(mask: RegionMask, rows: int, limit: int = TILES) -> CascadeMask | None:
@@ -66,7 +73,7 @@ def plan_tiles(mask: RegionMask, rows: int, limit: int = TILES) -> CascadeMask |
     tiles = [
         Tile((edges[first], min(edges[last], rows)), (edges[left], edges[right])) for first, last, left, right in found
     ]
-    return CascadeMask(rows, mask.length, tuple(_pieces(tiles)), mask)
+    return CascadeMask(rows, mask.length, tuple(_pieces(tiles)))
 
 
 def _runs(mask: RegionMask, rows: int) -> tuple[list[int], list[int], list[bool]]:
@@ -137,8 +144,7 @@ def _pieces(tiles: Sequence[Tile]) -> Iterator[Tile]:
                 parts[-1] = (parts[-1][0], stop, merge)
             else:
                 parts.append((start, stop, merge))
-        later = any(other.rows[0] < tile.rows[1] and tile.rows[0] < other.rows[1] for other in tiles[number + 1 :])
-        yield replace(tile, pieces=tuple(parts), last=not later)
+        yield replace(tile, pieces=tuple(parts))
 
 
 def cascade(query: Tensor, key: Tensor, value: Tensor, plan: CascadeMask) -> Tensor:

@@ -166,8 +166,8 @@ class RegionMask:
 class TokenOrder:
     """The joint sequence sorted so that what belongs together lies together; still [text | noise | refs].
 
-    text_T, noise_P, ref_R hold the old place of each token within text, noise and all references; the first `active`
-    noise tokens are those of the regions and their halo.
+    text_T, noise_P, ref_R (int32) hold the old place of each token within text, noise and all references; the first
+    `active` noise tokens are those of the regions and their halo.
     """
 
     text_T: Tensor
@@ -180,11 +180,6 @@ class TokenOrder:
         """The old place of each token in the joint sequence."""
         noise = len(self.text_T) + self.noise_P
         return torch.cat([self.text_T, noise, len(self.text_T) + len(self.noise_P) + self.ref_R])
-
-    @property
-    def inverse_P(self) -> Tensor:
-        """The new place of each noise token."""
-        return torch.argsort(self.noise_P)
 
     def to(self, device: torch.device | str) -> TokenOrder:
         return TokenOrder(self.text_T.to(device), self.noise_P.to(device), self.ref_R.to(device), self.active)
@@ -207,14 +202,13 @@ def sort_tokens(layout: TokenLayout, mask: RegionMask, halo: int = 0) -> TokenOr
     rank_P = _along(noise_P & regions) - inner_P.long()
     member_R = mask.member_S[layout.noise_slice.stop :]
     refs = sum(value for role, value in bit.items() if role.kind is RoleKind.REF_REGION)
+    rank_R = _along(member_R & refs)
     text_T = torch.arange(layout.text_length)
     start = layout.vision + layout.main
     # padding is read by nobody: in front of all it splits nothing
     hints = text_T[start:][torch.argsort((mask.member_S[start : layout.text_length] != 0).long(), stable=True)]
-    text_T = torch.cat([hints, text_T[:start]])
-    return TokenOrder(
-        text_T, torch.argsort(rank_P, stable=True), torch.argsort(_along(member_R & refs), stable=True), len(nearest)
-    )
+    places = (torch.cat([hints, text_T[:start]]), *(torch.argsort(key, stable=True) for key in (rank_P, rank_R)))
+    return TokenOrder(*(place.int() for place in places), active=len(nearest))
 
 
 def _distance(inside_P: Tensor, grid: Grid) -> Tensor:

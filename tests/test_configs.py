@@ -10,12 +10,14 @@ import yaml
 from replan import config
 from replan.backbones import BACKBONES, EditConfig, default_config
 from replan.rules import load_rules
+from replan.speed import SpeedConfig, load_speed
 
 ROOT = Path(__file__).parent.parent / "configs"
 EDIT = sorted(path.stem for path in (ROOT / "edit").glob("*.yaml"))
 EVAL = sorted(path.stem for path in (ROOT / "eval").glob("*.yaml"))
 GRPO = sorted(path.stem for path in (ROOT / "grpo").glob("*.yaml"))
 RULES = sorted(path.stem for path in (ROOT / "rules").glob("*.yaml"))
+SPEED = sorted(path.stem for path in (ROOT / "speed").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", EDIT)
@@ -74,3 +76,8 @@ def test_plain_yaml_reads_the_same() -> None:
     """Our YAML has fewer implicit types than PyYAML's; the files mean the same in both."""
     for path in ROOT.rglob("*.yaml"):
         assert config.parse_yaml(path.read_text(), str(path)) == yaml.safe_load(path.read_text()), path
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_speed_presets_load(name: str) -> None:
+    assert config.load(SpeedConfig, f"speed/{name}") == load_speed(name)

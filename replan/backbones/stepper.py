@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replan.attention import Prepared, executor_of, prepare
+from replan.attention import Prepared, bytes_of, executor_of, prepare
 from replan.backbones.base import Conditioning
 from replan.denoise import guide
 from replan.errors import ConfigError
@@ -99,7 +99,9 @@ class Branch:
             v = self._engine.forward(query, sigma, self._cond)[:, :count]
         if order is None:
             return v
-        return v.new_zeros(batch, tokens, v.shape[2]).index_copy(1, order.noise_P[:count], v)
+        full = v.new_zeros(batch, tokens, v.shape[2])
+        full[:, order.noise_P[:count]] = v
+        return full
 
     def _step(self, sigma: Tensor, kind: Kind, count: int, *, keep: bool) -> Step:
         order, speed = self.order, self._cond.speed
@@ -141,7 +143,7 @@ class Stepper:
         if cond.negative is not None:
             against = None
             if cached and order is not None:
-                text_T = torch.arange(cond.negative.layout.text_length)
+                text_T = torch.arange(cond.negative.layout.text_length, dtype=torch.int32)
                 against = TokenOrder(text_T, order.noise_P, order.ref_R, order.active)
             lender = self._positive if exact else None
             self._negative = Branch(engine, cond.negative, "uncond", against, lender)
@@ -154,6 +156,10 @@ class Stepper:
         self._last, self._batch = -1, 0
 
     @property
+    def _branches(self) -> list[Branch]:
+        return [self._positive] if self._negative is None else [self._positive, self._negative]
+
+    @property
     def active(self) -> int | None:
         """Noise tokens in regions and their halo; None without regions."""
         return None if self._positive.order is None else self._positive.order.active
@@ -161,8 +167,14 @@ class Stepper:
     @property
     def executors(self) -> set[str]:
         """What carried out the masks so far."""
-        branches = [self._positive] if self._negative is None else [self._positive, self._negative]
-        return {executor_of(prepared) for branch in branches for prepared in branch.prepared.values()}
+        return {executor_of(mask) for branch in self._branches for mask in branch.prepared.values()}
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes on the device that the plan takes: the order of the tokens and the masks; not the caches."""
+        order = self._positive.order
+        found = 0 if order is None else sum(place.nbytes for place in (order.text_T, order.noise_P, order.ref_R))
+        return found + sum(bytes_of(mask) for branch in self._branches for mask in branch.prepared.values())
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         level = float(sigma)
