@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -169,6 +170,9 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
         raise ConfigError(
             f"optim.micro = {optim.micro} on {world} processes: must divide the {config.rollouts} rollouts of a step"
         )
+    for name in config.loggers:
+        if name != "console" and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"loggers: {name} is not installed: pip install {name}, or leave it out")
     on_gpu = torch.cuda.is_available()
     ours: dict[str, Any] = {
         "output_dir": str(config.output), "max_steps": config.steps, "seed": config.seed, "data_seed": config.seed,
