@@ -181,6 +181,7 @@ def _serve(app: Any, host: str, port: int) -> None:
 
 def _replicas(setup: Setup, limits: Limits, host: str, port: int, replicas: int) -> None:
     import os
+    import signal
     import threading
 
     from replan.cli.console import out, say
@@ -193,6 +194,7 @@ def _replicas(setup: Setup, limits: Limits, host: str, port: int, replicas: int)
     on_gpu = str(setup.runtime.torch_device()).startswith("cuda")
     cluster = Cluster(replicas, host, port or free_port(host), gpus=float(on_gpu))
     say(f"starting {replicas} replicas on Ray Serve")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the replicas must go with this process, not linger
     with running(setup, limits, cluster) as address:
         out(address)
         threading.Event().wait()  # until Ctrl-C

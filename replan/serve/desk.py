@@ -23,7 +23,7 @@ W = TypeVar("W")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
-KEPT = 32  # finished answers that a repeated id gets once more
+KEPT = 8  # finished answers that a repeated id gets once more; each holds pictures
 
 
 class Full(ReplanError, RuntimeError):

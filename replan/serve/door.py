@@ -22,6 +22,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+BODY_SECONDS = 60  # in which a request's body must have arrived, as it holds a place meanwhile
+
 
 class Door:
     """Around an app. `capacity()` is how many requests with a body may be inside at once; the next gets 429."""
@@ -83,7 +85,7 @@ class Door:
         """The body, read within the limits, as a new `receive` that gives it once and then what comes after it."""
         messages, size, more = [], 0, True
         try:
-            async with asyncio.timeout(self.limits.timeout):
+            async with asyncio.timeout(min(self.limits.timeout, BODY_SECONDS)):
                 while more:
                     message = await receive()
                     messages.append(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -97,8 +98,7 @@ class EditEngine:
         if not settings:
             return self.setup.config
         for name, value in settings.items():
-            if name == "speed" and isinstance(value, str) and not value.isidentifier():
-                raise invalid("settings", f"speed = {value!r}: name a preset; files of this machine are not read")
+            _refuse_files(name, value)
         try:
             config = configs.load(EditConfig, configs.dump(self.setup.config), list(settings.items()))
         except ConfigError as error:
@@ -201,6 +201,17 @@ def picture(text: str, field: str, limits: Limits) -> Image:
     except ImageError as error:
         large = "more than" in str(error) or "at most" in str(error)
         raise Problem(413 if large else 422, "too_large" if large else "invalid", str(error), field) from error
+
+
+def _refuse_files(name: str, value: object) -> None:
+    """Raise Problem for a setting that may name a file of this machine. Texts that are no names are told apart by
+    place: the negative prompt, and the lines of rules, which come in lists."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_files(f"{name}.{key}", inner)
+    is_name = isinstance(value, str) and name.rpartition(".")[2] != "negative_prompt"
+    if is_name and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(value)):
+        raise invalid("settings", f"{name} = {value!r}: must be a name; files of this machine are not read")
 
 
 def told(error: ReplanError) -> ReplanError:

@@ -116,6 +116,19 @@ def test_mistakes_and_timeouts_come_through(url: str):
     assert httpx.post(url + "/v1/edits", json=call, timeout=60).status_code == 200
 
 
+def test_a_client_that_hangs_up_leaves_its_place(url: str):
+    async def hang_up() -> None:
+        client = EditClient(url, PATIENT, {"steps": 100})
+        task = asyncio.create_task(client.acall(asked(1)))
+        await asyncio.to_thread(until, lambda: "replan_inside 1.0" in httpx.get(url + "/metrics").text)
+        task.cancel()
+        await asyncio.wait([task])
+        await client.aclose()
+
+    asyncio.run(hang_up())
+    until(lambda: "replan_inside 0.0" in httpx.get(url + "/metrics").text)
+
+
 def wire_plan() -> dict:
     from replan import plan as plans
 

@@ -77,6 +77,9 @@ def test_settings_of_a_call(url: str, servant: Servant):
     assert post(url, settings={"steps": 5, "mask.expand": 0.1}).status_code == 200
     assert servant.steps == 5
     assert servant.now[2].mask.expand == 0.1
+    rules = [{"until": 1.0, "rows": ["hint 1: +region 1"]}]
+    assert post(url, settings={"mask.rules": rules, "negative_prompt": "/etc, blurry."}).status_code == 200
+    assert servant.now[2].mask.rules[0].rows == ("hint 1: +region 1",)
     post(url, baseline=True)
     assert servant.plans[-1] is None
 
@@ -113,6 +116,8 @@ BAD_REGION = {"version": 1, "size": [32, 24], "prompt": "x", "regions": [{"box":
         ({"settings": {"steps": 11}}, 422, "settings"),
         ({"settings": {"max_area": 10**9}}, 422, "settings"),
         ({"settings": {"speed": "/etc/passwd"}}, 422, "settings"),
+        ({"settings": {"speed": "own.yaml"}}, 422, "settings"),
+        ({"settings": {"mask": {"rules": "../rules.yaml"}}}, 422, "settings"),
         ({"timeout": 0}, 422, "timeout"),
         ({"instructions": "x"}, 422, "instructions"),
     ],
