@@ -25,7 +25,8 @@ class SpeedConfig:
 
     cache              whose keys and values are reused: nobody's, those of the reference tokens, or those of all image
                        tokens outside the regions; then the background follows the reference's own path from noise
-    isolate_reference  reference tokens read only reference tokens, so that their keys depend on little or nothing else
+    isolate_reference  reference tokens read only reference tokens; null = where that makes their keys depend on neither
+                       noise nor noise level, so that reusing them is exact (Qwen-Image-Edit-2511)
     warmup_steps       first steps that reuse nothing
     refresh_interval   after those, every n-th step reuses nothing; 0 = none does
     final_steps        last steps that reuse nothing
@@ -35,7 +36,7 @@ class SpeedConfig:
     PRESETS: ClassVar[str] = "speed"  # a setting of this type may be the name of a file in that folder
 
     cache: Cache = "none"
-    isolate_reference: bool = False
+    isolate_reference: bool | None = None
     warmup_steps: int = 1
     refresh_interval: int = 0
     final_steps: int = 0
@@ -44,6 +45,8 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         if self.cache not in ("none", "reference", "background"):
             raise ConfigError(f"cache = {self.cache!r}: must be none, reference or background")
+        if not (self.isolate_reference is None or isinstance(self.isolate_reference, bool)):
+            raise ConfigError(f"isolate_reference = {self.isolate_reference!r}: must be true, false or null")
         for name, least in (("warmup_steps", 1), ("refresh_interval", 0), ("final_steps", 0), ("halo", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

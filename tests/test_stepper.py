@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from replan.backbones.base import EditConfig
+from replan.backbones.base import EditConfig, usable
 from replan.backbones.flux_kontext import FluxKontext
 from replan.backbones.qwen_image_edit import QwenImageEdit
 from replan.backbones.qwen_image_edit_plus import QwenImageEditPlus
@@ -19,7 +19,7 @@ from replan.backbones.runtime import Runtime
 from replan.config import load
 from replan.denoise import sample
 from replan.errors import BackboneError, ConfigError
-from replan.speed import EXACT, SpeedConfig
+from replan.speed import EXACT, SpeedConfig, load_speed
 from replan.types import Box, EditRequest, Grid, Plan, Region, Size
 
 CPU = Runtime(device="cpu")
@@ -167,6 +167,17 @@ def test_what_lies_outside_ends_at_the_reference(either: tuple[Any, EditConfig])
     edited, expected, untouched = (np.asarray(backbone.decode(each, cond), float) for each in (latent, pasted, source))
     assert np.abs(edited - expected).max() <= 1
     assert np.abs(edited - untouched).max() > 1
+
+
+@pytest.mark.parametrize("preset", ["cached", "fast"])
+def test_presets_isolate_the_reference_only_where_that_is_exact(
+    plus_folder: Path, flux: FluxKontext, preset: str
+) -> None:
+    speed = load_speed(preset)
+    assert with_speed(flux, FLUX, speed).speed == replace(speed, isolate_reference=False)
+    transformer = QwenImageEditPlus.load(str(plus_folder), CPU).pipe.transformer
+    layout = with_speed(flux, FLUX, speed).layout
+    assert usable(speed, PLAN, layout, transformer)[0].isolate_reference == transformer.config.zero_cond_t
 
 
 def test_without_regions_nothing_is_reused_and_a_note_says_so(either: tuple[Any, EditConfig]) -> None:

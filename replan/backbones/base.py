@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from replan.errors import BackboneError, ConfigError
@@ -182,13 +182,22 @@ def mask_schedule(
     return tuple((levels[int(share * total)], mask) for share, mask in phases)
 
 
-def usable(speed: SpeedConfig, plan: Plan | None, layout: TokenLayout) -> tuple[SpeedConfig, tuple[str, ...]]:
-    """What of `speed` a plan allows, and a note where that is nothing."""
+def usable(
+    speed: SpeedConfig, plan: Plan | None, layout: TokenLayout, transformer: Any
+) -> tuple[SpeedConfig, tuple[str, ...]]:
+    """What of `speed` a plan allows, with every open question settled, and a note where that is nothing."""
     if speed.cache == "none" or plan is None:
         return EXACT, ()
     if not layout.hints:
         return EXACT, (f"the plan has no regions, so nothing is reused between steps (speed.cache = {speed.cache})",)
+    if speed.isolate_reference is None:
+        speed = replace(speed, isolate_reference=timeless_reference(transformer))
     return speed, ()
+
+
+def timeless_reference(transformer: Any) -> bool:
+    """Whether reference tokens are modulated as clean ones at every noise level."""
+    return bool(transformer.config.get("zero_cond_t", False))
 
 
 def regions(plan: Plan | None, source: Size) -> tuple[str | None, tuple[Box, ...], tuple[str, ...]]:

@@ -63,7 +63,7 @@ class FluxKontext:
         text, counts, pads = self._text(prompt, hints, config)
         layout = TokenLayout(0, config.max_sequence_length, counts, grid, (grid,), hint_pads=pads)
         sigmas = schedule(self.pipe.scheduler, config.steps, grid.columns * grid.rows)
-        speed, notes = usable(config.speed, plan, layout)
+        speed, notes = usable(config.speed, plan, layout, self.pipe.transformer)
         negative = None
         if config.guided:
             against, _, _ = self._text(config.negative_prompt, (), config)
@@ -77,7 +77,7 @@ class FluxKontext:
             source=source,
             seeds=(request.seed,),
             masks=mask_schedule(
-                phases(layout, boxes, source, config.mask, isolated_reference=speed.isolate_reference), sigmas
+                phases(layout, boxes, source, config.mask, isolated_reference=bool(speed.isolate_reference)), sigmas
             ),
             negative=negative,
             scale=config.true_cfg or 1.0,

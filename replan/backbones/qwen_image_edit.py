@@ -74,7 +74,7 @@ class QwenImageEdit:
         shared = {"reference": self._reference(pictures, text.dtype), **self._guidance(config)}
         noise = layout.noise
         sigmas = schedule(self.pipe.scheduler, config.steps, noise.columns * noise.rows)
-        speed, notes = usable(config.speed, plan, layout)
+        speed, notes = usable(config.speed, plan, layout, self.pipe.transformer)
         negative = None
         if config.guided:
             against, bare = self._text(config.negative_prompt, (), pictures)
@@ -88,7 +88,7 @@ class QwenImageEdit:
             source=source,
             seeds=(request.seed,),
             masks=mask_schedule(
-                phases(layout, boxes, source, config.mask, isolated_reference=speed.isolate_reference), sigmas
+                phases(layout, boxes, source, config.mask, isolated_reference=bool(speed.isolate_reference)), sigmas
             ),
             negative=negative,
             scale=config.true_cfg or 1.0,

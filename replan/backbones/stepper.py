@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from replan.attention import Prepared, bytes_of, executor_of, prepare
-from replan.backbones.base import Conditioning
+from replan.backbones.base import Conditioning, timeless_reference
 from replan.denoise import guide
 from replan.errors import ConfigError
 from replan.mask import RegionMask, TokenOrder, sort_tokens
@@ -120,7 +120,7 @@ class Branch:
             else None,
             reference=(text + tokens, total) if keep and speed.cache != "none" and kind == "full" else None,
             reuse=(kind == "region", kind != "full"),
-            shared=speed.isolate_reference and len(self._reference) == len(self._text) == 1,
+            shared=bool(speed.isolate_reference) and len(self._reference) == len(self._text) == 1,
         )
 
 
@@ -136,7 +136,7 @@ class Stepper:
         mask = cond.masks[0][1] if cond.masks else None
         order = None if mask is None else sort_tokens(cond.layout, mask, cond.speed.halo)
         cached = order is not None and order.active > 0 and cond.speed.cache != "none"
-        exact = cached and cond.speed.isolate_reference and bool(engine.transformer.config.get("zero_cond_t", False))
+        exact = cached and bool(cond.speed.isolate_reference) and timeless_reference(engine.transformer)
         self._shares_reference = exact
         self._positive = Branch(engine, cond, "cond", order)
         self._negative: Branch | None = None
