@@ -89,7 +89,7 @@ TINY = (
         "qwen",
         {
             "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 64,
-            "num_attention_heads": 4, "joint_attention_dim": 64, "guidance_embeds": False,
+            "num_attention_heads": 2, "joint_attention_dim": 64, "guidance_embeds": False,
             "axes_dims_rope": (16, 24, 24), "zero_cond_t": True,
         },
         tokens=32, main=64, padded=96, hint=16, steps=40, settings="edit/qwen_image_edit_plus",

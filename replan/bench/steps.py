@@ -93,11 +93,11 @@ def _original(bench: Bench, scene: Scene) -> Side:
     def prepare() -> Callable[[], Tensor]:
         cond = bench.conditioning(scene, hint=shape.padded)
         made.cond = cond
-        mask = cond.masks[0][1]
+        noise, sigma = bench.noise(), cond.sigmas[0]
+        mask = cond.mask(float(sigma))
         assert mask is not None
         dense = mask.to(bench.device).dense()[None, None].expand(1, heads, -1, -1).contiguous()
         made.notes["mask_bytes"] = dense.numel()
-        noise, sigma = bench.noise(), cond.sigmas[0]
         hidden = torch.cat([noise, cond.tensors["reference"]], dim=1)
         text_T, image_Q = (
             torch.arange(count, device=bench.device) for count in (cond.layout.text_length, hidden.shape[1])

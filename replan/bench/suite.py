@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -48,8 +48,11 @@ class Asked:
             raise ConfigError(f"parts = {', '.join(self.parts)!r}: must be some of {', '.join(PARTS)}")
 
 
-def run(asked: Asked, say: Say) -> dict[str, Any]:
-    """The report: what was asked, on what it ran, and the rows. Raises ConfigError."""
+def run(asked: Asked, say: Say, keep: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
+    """The report: what was asked, on what it ran, and the rows. Raises ConfigError.
+
+    `keep` gets the report so far after each group of rows: a run that is stopped has not been for nothing.
+    """
     from replan.backbones.runtime import Runtime
 
     found = shapes(asked.size, asked.steps)
@@ -62,19 +65,24 @@ def run(asked: Asked, say: Say) -> dict[str, Any]:
     scene = Scene(asked.regions, asked.area)
     about = facts(device) | {"dtype": str(dtype).removeprefix("torch.")}
     rows: list[Row] = []
+
+    def report(new: list[Row]) -> dict[str, Any]:
+        rows.extend(new)
+        return {"asked": asdict(asked), "facts": about, "rows": [_row(row) for row in rows]}
+
     for shape in found:
         say(f"{shape.name}: random weights on {device.type}")
         bench = build(shape, device, dtype)
         if "steps" in asked.parts:
-            rows += step_rows(bench, scene, how)
+            keep(report(step_rows(bench, scene, how)))
         if "loops" in asked.parts:
-            rows += loop_rows(bench, scene, replace(how, repeats=max(1, asked.repeats // 3)))
+            keep(report(loop_rows(bench, scene, replace(how, repeats=max(1, asked.repeats // 3)))))
         if "plans" in asked.parts:
-            rows += plan_rows(bench, scene, _stock_step(rows, shape.name), how)
+            keep(report(plan_rows(bench, scene, _stock_step(rows, shape.name), how)))
         del bench
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {"asked": asdict(asked), "facts": about, "rows": [_row(row) for row in rows]}
+    return report([])
 
 
 def _stock_step(rows: Sequence[Row], shape: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,14 +69,17 @@ def run(
         clock,
         tuple(parts.replace(" ", "").split(",")),
     )
-    quiet_libraries()
-    report = measure(asked, say)
     command = shlex.join(["replan", *sys.argv[1:]])
-    report["command"] = command
-    if json_file:
-        write_atomic(json_file, json.dumps(report, indent=1).encode() + b"\n")
-    if markdown:
-        write_atomic(markdown, page(report, command).encode())
+
+    def keep(report: dict[str, Any]) -> None:
+        report["command"] = command
+        if json_file:
+            write_atomic(json_file, json.dumps(report, indent=1).encode() + b"\n")
+        if markdown:
+            write_atomic(markdown, page(report, command).encode())
+
+    quiet_libraries()
+    report = measure(asked, say, keep)
     console = Console()
     console.print(Text(heading(report)), soft_wrap=True)
     for table in tables(report):
