@@ -44,7 +44,7 @@ RequestId = Annotated[
     Field(
         pattern=f"^{ID}$",
         description="Names the call, also in logs. The same id with the same content, sent again, is the same work: "
-        "it joins the one under way or gets the answer once more; on another replica it is done again, to the same end.",
+        "it joins the one under way or gets the answer once more; another replica does it anew, with the same result.",
     ),
 ]
 Picture = Annotated[str, Field(min_length=1, description="A picture file (PNG, JPEG, WebP, ...) in base64.")]
