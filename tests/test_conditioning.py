@@ -171,7 +171,9 @@ def test_an_all_true_mask_is_no_mask(either: tuple[Any, EditConfig]) -> None:
     cond = backbone.condition(REQUEST, PLAN, config)
     ones = torch.ones(cond.layout.length, dtype=torch.int64)
     everything = replace(cond, masks=((0.0, RegionMask(ones, ones)),))
-    assert apart(at(backbone, everything), at(backbone, replace(cond, masks=()))) <= 5e-6  # sorted tokens are summed in another order
+    assert (
+        apart(at(backbone, everything), at(backbone, replace(cond, masks=()))) <= 5e-6
+    )  # sorted tokens are summed in another order
     assert apart(at(backbone, cond), at(backbone, replace(cond, masks=()))) > 1e-4
 
 
