@@ -312,3 +312,10 @@ def test_the_rows_need_only_settings_of_the_editor() -> None:
     own = config.load(EditConfig, "edit/mini")
     assert Models().settings() == own
     assert Models().settings(ways()["paper"]).mask.pooled == "main"
+
+
+@pytest.mark.parametrize("file", sorted(ASSETS.glob("*.json")), ids=lambda file: file.stem)
+def test_the_published_reports_can_be_shown_again(file: Path) -> None:
+    text = table.markdown(table.read(file))
+    assert "base editor, bare instruction" in text
+    assert "rules `direct`" in text
