@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replan.backbones.base import Conditioning, EditConfig, mask_schedule, schedule
+from replan.backbones.base import Conditioning, EditConfig, mask_schedule, schedule, usable
 from replan.backbones.stepper import Stepper
 from replan.bench.sizes import Shape
 from replan.config import load
 from replan.mask import TokenLayout, phases, without_regions
 from replan.rules import MaskConfig
 from replan.speed import EXACT, SpeedConfig
-from replan.types import Box, Grid, Size
+from replan.types import Box, Grid, Plan, Size
 
 CFG = 4.0
 
@@ -61,8 +61,10 @@ class Bench:
         layout = TokenLayout(0, shape.main, (hint or shape.hint,) * scene.regions, grid, (grid,))
         size = Size(grid.columns * 16, grid.rows * 16)
         rules: MaskConfig = replace(load(EditConfig, shape.settings).mask, expand=0.0)
-        speed = speed if scene.regions else EXACT
-        found = phases(layout, boxes(scene, grid, speed.halo), size, rules, isolated_reference=speed.isolate_reference)
+        speed, _ = usable(speed, Plan("", "", (), size), layout, self.transformer)
+        found = phases(
+            layout, boxes(scene, grid, speed.halo), size, rules, isolated_reference=bool(speed.isolate_reference)
+        )
         sigmas = schedule(self.backbone.pipe.scheduler, shape.steps, grid.columns * grid.rows)
         negative = None
         if guided:
