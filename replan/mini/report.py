@@ -327,7 +327,7 @@ def _about(job: Job) -> dict[str, Any]:
         "planner": job.models.planner,
         "edit": dump(job.models.settings()),
         "clock": "wall" if _accelerated() else "processor",
-        "versions": versions(),
+        "versions": {name: value for name, value in versions().items() if name != "platform"},
     }
 
 
