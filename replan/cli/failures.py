@@ -52,5 +52,5 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return USERS, f"{error.filename}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's own, named so as not to import torch here
         first = str(error).splitlines()[0]
-        return OURS, f"{first}\nTry --offload model, --offload sequential, --quantize nf4 or a smaller --backbone."
+        return OURS, f"{first}\nTry --offload model, --quantize nf4 or --offload group; `replan doctor` says what fits."
     return None
