@@ -129,11 +129,15 @@ def _device(torch: Any) -> Iterator[Check]:
 
 def _attention(torch: Any) -> Iterator[Check]:
     yield Check("attention", "sdpa", "ok", "the reference; runs everywhere")
+    if torch.backends.mps.is_available():
+        yield Check("attention", "cascade", "absent", "has no kernel for an Apple GPU; sdpa does the same work")
+    else:
+        yield Check("attention", "cascade", "ok", "region masks as plain attention calls, for long sequences")
     if not torch.cuda.is_available():
-        yield Check("attention", "flex", "absent", "the fast region mask is for CUDA; here sdpa does the same work")
+        yield Check("attention", "flex", "absent", "is for CUDA; here cascade and sdpa do the same work")
     elif importlib.util.find_spec("triton") is None:
         yield Check(
-            "attention", "flex", "absent", "needs triton to compile; sdpa does the same work", "pip install triton"
+            "attention", "flex", "absent", "needs triton to compile; cascade does the same work", "pip install triton"
         )
     else:
         yield Check("attention", "flex", "ok", "block-sparse region mask, compiled at the first edit")
