@@ -79,7 +79,7 @@ TINY = (
         "flux",
         {
             "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 64,
-            "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 32,
+            "num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 32,
             "guidance_embeds": True, "axes_dims_rope": (16, 24, 24),
         },
         tokens=32, main=96, padded=96, hint=16, steps=28, settings="edit/flux_kontext",
