@@ -13,4 +13,4 @@ if ! "$folder/bin/python" -c "import verl, replan" 2> /dev/null; then
   "$folder/bin/pip" install -q --no-deps torchvision==0.28.0
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1
-exec "$folder/bin/python" -m pytest tests/train -k verl -m "slow or not slow" -rs -p no:cacheprovider "$@"
+exec "$folder/bin/python" -m pytest tests/train/test_verl*.py -m "slow or not slow" -rs -p no:cacheprovider "$@"
