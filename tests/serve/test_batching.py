@@ -39,7 +39,7 @@ def test_a_group_of_seeds(batch: int):
         return edits
 
     with running(editor_service(EditEngine(made, limits), limits)) as url:
-        until(lambda: httpx.get(url + "/ready").status_code == 200, 120)
+        until(lambda: httpx.get(url + "/ready").status_code == 200, 400)
         edits = asyncio.run(ask(url))
     shared = [edit for edit in edits if BESIDE in edit.notes]
     assert bool(shared) == (batch > 1)

@@ -84,7 +84,7 @@ def test_the_same_app_and_a_killed_replica_costs_a_retry(url: str, editor: Edito
         return [edit.image.tobytes() for edit in edits]
 
     assert asyncio.run(killed()) == [editor(asked(seed)).image.tobytes() for seed in (1, 2, 3, 4)]
-    until(lambda: len(set(pids(os.getpid())) - first) == 1, 60)  # Ray starts another
+    until(lambda: len(set(pids(os.getpid())) - first) == 1, 200)  # Ray starts another
 
 
 def test_what_is_too_much_is_refused_and_the_rest_answered_once(url: str):

@@ -38,7 +38,7 @@ def started(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 def test_a_judge_from_start_to_ctrl_c():
     with started("judge", "--port", "0") as (url, process):
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
-        until(lambda: httpx.get(url + "/ready").status_code == 200, 60)
+        until(lambda: httpx.get(url + "/ready").status_code == 200, 200)
         about = wire.About.model_validate(httpx.get(url + "/v1/about").json())
         assert (about.service, about.model["name"], about.limits["queue"]) == ("judge", "mini", 64)
         process.send_signal(signal.SIGINT)
