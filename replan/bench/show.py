@@ -117,6 +117,6 @@ def _number(value: float | None, unit: float) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return " + ".join(f"{count} {name}" for name, count in value.items())
-    if isinstance(value, float) and 0 < abs(value) < 0.01:
-        return f"{value:.1e}"
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3g}"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
