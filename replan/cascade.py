@@ -80,7 +80,8 @@ def _runs(mask: RegionMask, rows: int) -> tuple[list[int], list[int], list[bool]
     """Where runs of equal tokens start, one bit field of seen runs per run, and whether anyone sees the run."""
     member_S, reads_S = mask.member_S.cpu(), mask.reads_S.cpu()
     change = (member_S[1:] != member_S[:-1]) | (reads_S[1:] != reads_S[:-1])
-    starts = sorted({0, *(change.nonzero()[:, 0] + 1).tolist(), *([rows] if rows < mask.length else [])})
+    cuts = {0, *(int(place) + 1 for place in change.nonzero()[:, 0])}
+    starts: list[int] = sorted(cuts | {rows} if rows < mask.length else cuts)
     members, reads = member_S[starts].tolist(), reads_S[starts].tolist()
     table = [sum(1 << key for key, member in enumerate(members) if read & member) for read in reads]
     return starts, table, [member != 0 for member in members]
@@ -219,7 +220,8 @@ class _Cascade(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
         query, key, value, out, lse = ctx.saved_tensors
         grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
         step: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
