@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replan import EditRequest, Editor
+from replan import Editor, EditRequest
 from replan.backbones import default_config
 from replan.denoise import Cancelled
 from replan.edit import BESIDE
