@@ -101,7 +101,7 @@ def render(report: Mapping[str, Any]) -> str:
     head = ("preset", "loop", "speed-up over stock", "over exact", *COLUMNS)
     lines = [
         f"{report['backbone']}: {report['count']} held-out items ({report['split']}), exact plans, exact judge; "
-        f"{report['facts']['cpu']}, CPU time",
+        f"{report['facts']['cpu']}, {report['facts']['date'][:10]}, CPU time",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -129,7 +129,7 @@ def pareto(report: Mapping[str, Any], path: Path) -> None:
     for name, row in report["presets"].items():
         score = row["success"]
         error = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
-        axes.errorbar(row["speedup"], score["mean"], yerror=error, fmt="o", capsize=3, color="#2563eb")
+        axes.errorbar(row["speedup"], score["mean"], yerr=error, fmt="o", capsize=3, color="#2563eb")
         axes.annotate(name, (row["speedup"], score["mean"]), xytext=(7, 5), textcoords="offset points")
     axes.axhline(report["presets"]["exact"]["success"]["mean"] - WITHIN, color="#9ca3af", linewidth=0.8, linestyle="--")
     axes.set(xlabel="speed-up of the loop over the stock editor", ylabel="success, exact judge", ylim=(0, 1))

@@ -114,6 +114,6 @@ def quality(
     text = render(report)
     if markdown:
         write_atomic(markdown, text.encode() + b"\n")
+    out(text)
     if plot:
         pareto(report, plot)
-    out(text)
