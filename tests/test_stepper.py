@@ -248,7 +248,7 @@ def test_steps_that_cannot_be(flux: FluxKontext) -> None:
     x = noise(flux, cond)
     with pytest.raises(BackboneError, match="take a full step first"):
         flux.velocity(cond).step(x, LOW, "cached")
-    with pytest.raises(ConfigError, match="speed.cache = reference only full, cached"):
+    with pytest.raises(ConfigError, match="= reference only full, cached"):
         flux.velocity(cond).step(x, LOW, "region")
     outside = Plan("", "x", (Region(Box(4, 4, 5, 5), "keep it"),), Size(48, 32))
     assert flux.velocity(with_speed(flux, FLUX, BACKGROUND, outside)).active == 9  # one token and its halo
