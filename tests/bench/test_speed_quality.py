@@ -22,7 +22,8 @@ def row(success: float, speedup: float) -> dict[str, Any]:
 
 
 REPORT = {
-    "backbone": "mini", "split": "test", "count": 9, "facts": {"cpu": "a CPU", "date": "2026-01-01T00:00"}, "default": "cached",
+    "backbone": "mini", "split": "test", "count": 9, "default": "cached",
+    "facts": {"cpu": "a CPU", "date": "2026-01-01T00:00"},
     "presets": {"exact": row(0.8, 0.9), "cached": row(0.795, 1.5), "fast": row(0.7, 2.0)},
 }  # fmt: skip
 
