@@ -23,6 +23,7 @@ from replan.serve.run import free_port
 from replan.types import Box, EditRequest, Plan, Region, Size
 
 pytest.importorskip("ray", reason="ray is not installed: pip install replan[serve]")
+pytestmark = pytest.mark.slow  # Ray and two replicas take a minute to start
 PLAN = Plan("", "keep the rest", (Region(Box(0, 0, 40, 40), "a red cup"),), Size(96, 96))
 LONG = {"steps": 40}  # many steps, so that a replica can be killed in the middle
 PATIENT = ClientConfig(timeout=120, backoff=0.1, longest_wait=1)
