@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,16 @@ def exact_plan(row: Row) -> Plan:
     return item.plan
 
 
+def alike(plan: Plan, exact: Plan) -> bool:
+    """The same regions, boxes within reason and hints word for word."""
+    near = [
+        any(one.hint == other.hint and one.box.iou(other.box) > 0.5 for one in plan.regions) for other in exact.regions
+    ]
+    return len(plan.regions) == len(exact.regions) and all(near)
+
+
 class Editor:
-    """Draws the exact target when the plan is exact, and leaves the picture alone otherwise."""
+    """Draws the exact target when the plan is right, and leaves the picture alone otherwise."""
 
     def __init__(self, rows: Rows) -> None:
         self.known = {row.task.instruction: row for row in (rows[k] for k in range(len(rows)))}
@@ -57,8 +64,7 @@ class Editor:
         item = item_of(self.known[request.instruction].task.extra)
         assert item is not None
         assert request.plan is not None
-        is_right = replace(request.plan, reasoning="", notes=(), raw="") == replace(item.plan, reasoning="")
-        return Edit(request, request.plan, draw(item.target) if is_right else request.image)
+        return Edit(request, request.plan, draw(item.target) if alike(request.plan, item.plan) else request.image)
 
 
 class Judge:

@@ -42,19 +42,19 @@ def short(stage: str, folder: Path, planner: Path, *overrides: str) -> GrpoConfi
     rows = mini_rows(folder, 2)
     given: list[Any] = [
         ("planner", str(planner)), ("train", str(rows.path)), ("val", None), ("output", str(folder / stage)),
-        "rollout.prompts=2", "optim.micro=16", "rollout.max_new=128", "loggers=[]", "save_every=100",
+        "rollout.prompts=2", "optim.micro=16", "rollout.max_new=128", "optim.lr=1e-4", "loggers=[]", "save_every=100",
     ]  # fmt: skip
     return configs.load(GrpoConfig, f"grpo/mini_{stage}", [*given, *overrides])
 
 
 def test_stage_one_in_short(tmp_path: Path, weak: Path) -> None:
-    train(short("stage1", tmp_path, weak, "steps=9"))
+    train(short("stage1", tmp_path, weak, "steps=12"))
     assert rise(tmp_path / "stage1") > 3
 
 
 def test_stage_two_in_short(tmp_path: Path, weak: Path) -> None:
     """Rewards come from rendering and judging, and rise. The editor draws exactly, so that it takes no time."""
-    config = short("stage2", tmp_path, weak, "steps=9")
+    config = short("stage2", tmp_path, weak, "steps=12")
     rows = mini_rows(tmp_path, 2)
     train(config, Scorer(config.reward, Editor(rows), Judge()))
     assert rise(tmp_path / "stage2") > 3
