@@ -84,8 +84,13 @@ def read_curve(output: Path, measure: str, seed: int) -> Curve:
     return Curve(
         seed,
         {int(entry["step"]): float(entry[name]) for entry in history if entry.get(name) is not None},
-        {int(entry["step"]): float(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry},
+        {int(entry["step"]): _share(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry},
     )
+
+
+def _share(mean: float) -> float:
+    """A share of the held-out items, rid of the rounding of means in single precision."""
+    return round(float(mean), 6)
 
 
 def holds(stage: str, curves: Sequence[Curve]) -> bool:
