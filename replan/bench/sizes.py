@@ -72,7 +72,7 @@ QWEN_2511 = Shape(
     },
     tokens=64, main=256, padded=512, hint=64, steps=40, settings="edit/qwen_image_edit_plus",
 )  # fmt: skip
-# Shallow and narrow, but with over 2,000 tokens, so that arithmetic and not bookkeeping takes the time.
+# Shallow and narrow, but with over 4,600 tokens, so that arithmetic and not bookkeeping takes the time.
 TINY = (
     Shape(
         "kontext-tiny",
@@ -82,7 +82,7 @@ TINY = (
             "num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 32,
             "guidance_embeds": True, "axes_dims_rope": (16, 24, 24),
         },
-        tokens=32, main=96, padded=96, hint=16, steps=28, settings="edit/flux_kontext",
+        tokens=48, main=96, padded=96, hint=16, steps=28, settings="edit/flux_kontext",
     ),
     Shape(
         "qwen-2511-tiny",
@@ -92,7 +92,7 @@ TINY = (
             "num_attention_heads": 2, "joint_attention_dim": 64, "guidance_embeds": False,
             "axes_dims_rope": (16, 24, 24), "zero_cond_t": True,
         },
-        tokens=32, main=64, padded=96, hint=16, steps=40, settings="edit/qwen_image_edit_plus",
+        tokens=48, main=64, padded=96, hint=16, steps=40, settings="edit/qwen_image_edit_plus",
     ),
 )  # fmt: skip
 SIZES = ("mini", "tiny", "kontext", "qwen-2511")
