@@ -26,11 +26,11 @@ def plan_rows(bench: Bench, scene: Scene, step_seconds: float | None, how: Plan)
     """Switching among 50 plans with the same number of regions and tokens: the rest of an edit stays as it is."""
     group = f"{bench.shape.name}: another plan"
     how.say(f"{group}: {PLANS} plans")
-    base = bench.conditioning(scene)
+    base, rules = bench.conditioning(scene), _rules(bench)
     seconds, sizes, kinds = [], [], set()
     for boxes in plans(bench.shape.tokens, scene.regions):
         prepared: list[Prepared] = []
-        seconds.append(how.seconds(lambda boxes=boxes, into=prepared: into.extend(switch(bench, base, boxes))))
+        seconds.append(how.seconds(lambda boxes=boxes, into=prepared: into.extend(switch(bench, base, boxes, rules))))
         sizes.append(max(prepared_bytes(each) for each in prepared))
         kinds |= {type(each).__name__ for each in prepared}
     ratio = statistics.median(seconds) / step_seconds if step_seconds else None
@@ -56,17 +56,20 @@ def plans(tokens: int, regions: int, count: int = PLANS) -> Iterator[list[Box]]:
         yield found
 
 
-def switch(bench: Bench, base: Conditioning, boxes: list[Box]) -> list[Prepared]:
+def switch(bench: Bench, base: Conditioning, boxes: list[Box], rules: MaskConfig) -> list[Prepared]:
     """All that a plan's boxes decide before the first step: masks of all phases, sorted and made ready."""
-    masks, order = _masks(base.layout, boxes, bench)
+    masks, order = _masks(base.layout, boxes, rules)
     return [prepare(mask.take(order.joint_S), "auto", bench.device) for mask in masks]
 
 
-def _masks(layout: TokenLayout, boxes: list[Box], bench: Bench) -> Any:
+def _rules(bench: Bench) -> MaskConfig:
     from replan.backbones.base import EditConfig
     from replan.config import load
 
-    rules: MaskConfig = replace(load(EditConfig, bench.shape.settings).mask, expand=0.0)
+    return replace(load(EditConfig, bench.shape.settings).mask, expand=0.0)
+
+
+def _masks(layout: TokenLayout, boxes: list[Box], rules: MaskConfig) -> Any:
     grid: Grid = layout.noise
     found = phases(layout, boxes, Size(grid.columns * 16, grid.rows * 16), rules)
     masks = [mask for _, mask in found]
@@ -97,11 +100,11 @@ def _recompiled(bench: Bench, base: Conditioning, group: str, scene: Scene) -> R
     name = f"compiled blocks ({backend}), {PLANS} plans"
     torch._dynamo.reset()
     bench.transformer.compile_repeated_blocks(backend=backend)
-    graphs = []
+    graphs, rules = [], _rules(bench)
     try:
         with torch.no_grad():
             for boxes in plans(bench.shape.tokens, scene.regions):
-                masks, _ = _masks(base.layout, boxes, bench)
+                masks, _ = _masks(base.layout, boxes, rules)
                 cond = replace(base, masks=tuple((0.0, mask) for mask in masks[:1]))
                 bench.stepper(cond).step(bench.noise(), base.sigmas[0], "full")
                 graphs.append(counters["stats"]["unique_graphs"])
