@@ -165,7 +165,7 @@ def _needs_web() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError("replan serve needs a web framework: install replan[serve]") from error
+        raise ConfigError("replan serve needs a web framework: pip install 'replan[serve]'") from error
 
 
 def _serve(app: Any, host: str, port: int) -> None:

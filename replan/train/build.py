@@ -16,7 +16,7 @@ from replan.eval.data import BadRow, DataConfig, Item, RowError, load_bench, rea
 from replan.images import fit_area
 from replan.plan import default_template
 from replan.planner.base import PROMPT_FILE, prompt_parts
-from replan.train.data import FORMAT, IMAGE, Row, Task, prompt_content, write_rows
+from replan.train.data import FORMAT, IMAGE, Row, Task, need_pyarrow, prompt_content, write_rows
 from replan.train.reward import Kind, examples_of
 from replan.types import Size
 
@@ -87,6 +87,7 @@ class Built:
 
 def build(settings: BuildConfig, path: Path) -> Built:
     """Write the parquet. Raises ConfigError when there is no such data, or not one usable row."""
+    need_pyarrow()  # before the work, not after it
     items, broken = _items(settings)
     template, tokenizer = _template(settings), _tokenizer(settings)
     rows, overlong = list[Row](), list[BadRow]()

@@ -112,11 +112,10 @@ class Rows:
     """The rows of a parquet file, read on demand: a gigabyte of pictures need not stay in memory."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import pyarrow as arrow
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise ConfigError("training data needs pyarrow: pip install 'replan[train]'") from error
+        need_pyarrow()
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
         self.path = path
         try:
             self._file = parquet.ParquetFile(path)
@@ -186,6 +185,14 @@ def schema(about: Mapping[str, Any]) -> Any:
         ],
         metadata={"replan": json.dumps(about, ensure_ascii=False)},
     )
+
+
+def need_pyarrow() -> None:
+    """Raises ConfigError when parquet files can be neither read nor written."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("training data needs pyarrow: pip install 'replan[train]'") from error
 
 
 def write_rows(path: Path, rows: list[Row], about: Mapping[str, Any], group: int = 64) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_the_mini_world(tmp_path: Path) -> None:
     assert parse(row.task.answer, Size(96, 96)).prompt
     assert rows.about["counts"] == {"written": 5, "overlong": 0, "broken": 0}
     assert rows.about["settings"]["multiple"] == 16
+
+
+def test_without_pyarrow_it_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    result = CliRunner().invoke(app, ["train", "data", str(tmp_path / "x.parquet"), "source=mini"])
+    assert result.exit_code == 2
+    assert "pip install 'replan[train]'" in result.output
+    with pytest.raises(ConfigError, match="pyarrow"):
+        Rows(tmp_path / "x.parquet")
 
 
 def test_held_out_items_are_others(tmp_path: Path) -> None:
