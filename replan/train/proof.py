@@ -164,7 +164,7 @@ def draw(stage: str, curves: Sequence[Curve]) -> bytes:
         checks = sorted(curve.held_out)
         shown = [curve.held_out[step] for step in checks]
         axes.plot(
-            checks, shown, "o-", color=colour, lw=2, ms=5, label=f"seed {curve.seed}: {shown[0]:.2f} to {shown[-1]:.2f}"
+            checks, shown, "o-", color=colour, lw=2, ms=5, label=f"seed {curve.seed}: {shown[0]:.3f} to {shown[-1]:.3f}"
         )
     measure = TITLE[MEASURE[stage]]
     axes.set_xlabel("step")
