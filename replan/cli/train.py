@@ -20,6 +20,11 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where state and 
 Family = Literal["flux", "qwen"]
 BATCH = "Pictures per step."
 LR = "Peak learning rate."
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
+Evaluate = Annotated[
+    int, typer.Option("--evaluate", min=0, metavar="N", help="Measure it on N held-out items (dev) afterwards.")
+]
+Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Forward passes in bfloat16: faster where the device can.")]
 
 
 @train.command("mini-planner")
@@ -28,6 +33,9 @@ def mini_planner(
     minutes: Annotated[float, typer.Option(min=0, help="Budget over all restarts.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 16,
     lr: Annotated[float, typer.Option(min=0, help=LR)] = 2e-3,
+    device: Device = "cpu",
+    bf16: Bf16 = False,
+    evaluate: Evaluate = 100,
 ) -> None:
     """Train the mini planner, a small Qwen3-VL; the result is FOLDER/planner.
 
@@ -39,7 +47,9 @@ def mini_planner(
     from replan.mini.train_planner import train_planner
     from replan.mini.training import TrainConfig
 
-    train_planner(folder, TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250))
+    config = TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250, device=device, bf16=bf16)
+    train_planner(folder, config)
+    _evaluate(evaluate, ("end-to-end",), planner=str(folder / "planner"))
     out(str(folder / "planner"))
 
 
@@ -49,9 +59,16 @@ def mini_editor(
     family: Annotated[Family, typer.Option(help="Which editor's classes: Flux Kontext or Qwen-Image-Edit.")] = "flux",
     minutes: Annotated[float, typer.Option(min=0, help="Budget of the transformer over all restarts.")] = 88,
     vae_minutes: Annotated[float, typer.Option(min=0, help="Budget of the autoencoder.")] = 15,
-    scenes: Annotated[int, typer.Option(min=1, help="Scenes in the pool of encoded pictures.")] = 8000,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes in the pool of encoded pictures.")] = 16_000,
     batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 32,
     lr: Annotated[float, typer.Option(min=0, help=LR)] = 1.5e-3,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A finished autoencoder to begin with; its training goes on.")
+    ] = None,
+    device: Device = "cpu",
+    bf16: Bf16 = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer.")] = False,
+    evaluate: Evaluate = 100,
 ) -> None:
     """Train the mini editor, a small Flux Kontext or Qwen-Image-Edit, and its autoencoder; the result is FOLDER/editor.
 
@@ -69,6 +86,22 @@ def mini_editor(
     else:
         from replan.mini.train_editor import train_editor
 
-    config = TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=500)
-    train_editor(folder, config, vae_minutes, scenes)
+    config = TrainConfig(
+        minutes, batch=batch, lr=lr, muon_lr=lr, save_every=500, device=device, bf16=bf16, compiled=compiled
+    )
+    train_editor(folder, config, vae_minutes, scenes, vae)
+    _evaluate(evaluate, ("base", "own", "ceiling"), backbone=str(folder / "editor"))
     out(str(folder / "editor"))
+
+
+def _evaluate(count: int, rows: tuple[str, ...], **models: str) -> None:
+    """Say how good a finished model is: the report's tables of a few rows, on stderr."""
+    if not count:
+        return
+    from replan.cli.console import quiet_libraries, say
+    from replan.mini import table
+    from replan.mini.report import Job, Models, measure
+    from replan.mini.ways import choose
+
+    quiet_libraries()
+    say(table.markdown(measure(Job(Models(**models), "dev", count, choose(rows)), lambda _: None, say)))

@@ -6,23 +6,23 @@ All distances are root mean squares over a cell of 32 x 32 pixels, in grey level
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from replan.errors import JudgeError
+from replan.mini.changes import ADDED_HEIGHT
 from replan.mini.instructions import Item
-from replan.mini.scenes import CELL, COLOURS, COLUMNS, KINDS, ROWS, SIZE, Scene, Thing, draw
+from replan.mini.scenes import CELL, COLOURS, COLUMNS, KINDS, ROWS, SHAPES, SIZE, Cell, Thing, draw
+from replan.types import Box
 
 ASKED = 3.0  # a cell in which target and source differ by more than this is one that the edit is about
 TOUCHED = 0.35  # share of the asked difference from which on a cell counts as changed
 DONE, HALF_DONE = 0.4, 0.75  # distance to the target, relative to the asked difference
 CALM, DISTURBED = 10.0, 22.0  # distance to the source where nothing was asked
 SOUND = ((10.0, 5), (16.0, 4), (24.0, 3), (36.0, 2))  # distance to the nearest thing that the world can draw -> quality
-
-Cell = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,65 +50,88 @@ class MiniVerdict:
 
 
 def judge(item: Item, result: Image.Image) -> MiniVerdict:
-    """Score `result` as the edit of `item`. Raises JudgeError when it is not a picture of the world's size."""
+    """Score `result` as the edit of `item`. Raises JudgeError when it is not a picture of the world's size.
+
+    Where another light is asked for, everything else is compared with the source scene in that light, and the light
+    itself is one more thing asked for.
+    """
     if result.size != SIZE:
         raise JudgeError(f"result of {result.size} pixels: the mini world's pictures have {tuple(SIZE)}")
-    source, target, edited = (_pixels(p) for p in (draw(item.scene), draw(item.target), result))
-    asked = {cell: _distance(source, target, cell) for cell in _cells() if _distance(source, target, cell) > ASKED}
+    source, edited = _pixels(draw(item.scene)), _pixels(result)
+    relit = _pixels(draw(replace(item.scene, light=item.light)))
+    target = _pixels(draw(item.target))
+    asked = {cell: _distance(relit, target, cell) for cell in _cells() if _distance(relit, target, cell) > ASKED}
     rest = [cell for cell in _cells() if cell not in asked]
-    touched = all(_distance(edited, source, cell) >= TOUCHED * amount for cell, amount in asked.items())
+    touched = [_distance(edited, relit, cell) >= TOUCHED * amount for cell, amount in asked.items()]
     residual = [_distance(edited, target, cell) / amount for cell, amount in asked.items()]
+    if item.light != "day" and rest:
+        amount = _mean(_distance(source, relit, cell) for cell in rest)
+        touched.append(_mean(_distance(edited, source, cell) for cell in rest) >= TOUCHED * amount)
+        residual.append(_mean(_distance(edited, relit, cell) for cell in rest) / amount)
     effect = 1
-    if touched and residual:
-        effect = 5 if max(residual) <= DONE else 3 if sum(residual) / len(residual) <= HALF_DONE else 1
-    moved = max((_distance(edited, source, cell) for cell in rest), default=0.0)
+    if all(touched) and residual:
+        effect = 5 if max(residual) <= DONE else 3 if _mean(residual) <= HALF_DONE else 1
+    moved = max((min(_distance(edited, source, cell), _distance(edited, relit, cell)) for cell in rest), default=0.0)
     return MiniVerdict(
-        target=5 if touched else 1,
-        effect=effect if asked else 5,
+        target=5 if all(touched) else 1,
+        effect=effect if residual else 5,
         consistency=5 if moved <= CALM else 3 if moved <= DISTURBED else 1,
-        quality=_quality(item, source, target, edited),
-        outside_psnr=_outside_psnr(item, source, edited),
+        quality=_quality(item, (source, relit, target), edited),
+        outside_psnr=_outside_psnr(item, relit, edited),
     )
 
 
-def _quality(item: Item, source: np.ndarray, target: np.ndarray, edited: np.ndarray) -> int:
+def _quality(item: Item, known: Sequence[np.ndarray], edited: np.ndarray) -> int:
     """How near every cell is to something that the world can draw there; the worst cell counts."""
     worst = 0.0
     for cell in _cells():
-        near = min(_distance(edited, source, cell), _distance(edited, target, cell))
+        near = min(_distance(edited, picture, cell) for picture in known)
         if near > SOUND[0][0]:
-            near = min([near, *(_distance(edited, picture, cell) for picture in _alternatives(item.scene, cell))])
+            near = min([near, *(_distance(edited, picture, cell) for picture in _alternatives(item, cell))])
         worst = max(worst, near)
     return next((score for limit, score in SOUND if worst <= limit), 1)
 
 
-def _alternatives(scene: Scene, cell: Cell) -> Iterator[np.ndarray]:
-    """Pictures of the scene with everything else that could stand in a cell, and with nothing there."""
-    for index, thing in enumerate(scene.things):
-        if (thing.column, thing.row) == cell:
-            yield _pixels(draw(scene.swap(index, None)))
-            for kind in KINDS:
-                for colour in COLOURS:
-                    yield _pixels(draw(scene.swap(index, replace(thing, kind=kind, colour=colour))))
+def _alternatives(item: Item, cell: Cell) -> Iterator[np.ndarray]:
+    """Pictures of the scene in the asked light, with everything else that could stand in a cell, or nothing."""
+    scene = replace(item.scene, light=item.light)
+    standing = next((i for i, t in enumerate(scene.things) if (t.column, t.row) == cell), None)
+    thing = Thing(KINDS[0], "red", *cell, ADDED_HEIGHT) if standing is None else scene.things[standing]
+    bare = scene if standing is None else scene.swap(standing, None)
+    yield _pixels(draw(bare))
+    for kind, shape in SHAPES.items():
+        for altered in (False, True) if shape.altered else (False,):
+            for colour in COLOURS:
+                other = replace(thing, kind=kind, colour=colour, altered=altered)
+                yield _pixels(draw(replace(bare, things=(*bare.things, other))))
 
 
-def _outside_psnr(item: Item, source: np.ndarray, edited: np.ndarray) -> float:
-    """PSNR in dB between source and result outside the boxes of what was asked, before and after; inf when equal."""
-    outside = np.ones(source.shape[:2], bool)
-    for thing in (*_asked_things(item, item.scene), *_asked_things(item, item.target)):
-        box = thing.box
+def _outside_psnr(item: Item, expected: np.ndarray, edited: np.ndarray) -> float:
+    """PSNR in dB against what is expected outside the boxes of what was asked, before and after; inf when equal."""
+    outside = np.ones(expected.shape[:2], bool)
+    for box in _asked_boxes(item):
         outside[box.top : box.bottom, box.left : box.right] = False
     if not outside.any():
         return float("inf")
-    error = float(np.square((edited - source)[outside]).mean())
+    error = float(np.square((edited - expected)[outside]).mean())
     return 10 * float(np.log10(255**2 / error)) if error else float("inf")
 
 
-def _asked_things(item: Item, scene: Scene) -> list[Thing]:
-    places = {
-        (item.scene.things[c.index].column, item.scene.things[c.index].row) for c in item.changes if c.task != "keep"
-    }
-    return [thing for thing in scene.things if (thing.column, thing.row) in places]
+def _asked_boxes(item: Item) -> list[Box]:
+    """Boxes of the changes, and of what stands there afterwards."""
+    changes = [change for change in item.changes if change.task != "keep"]
+    places = [change.cell or _cell(item.scene.things[change.index]) for change in changes]
+    after = [thing.box for thing in item.target.things if _cell(thing) in places]
+    return [*(change.box(item.scene) for change in changes), *after]
+
+
+def _cell(thing: Thing) -> Cell:
+    return thing.column, thing.row
+
+
+def _mean(values: Iterable[float]) -> float:
+    told = list(values)
+    return sum(told) / len(told)
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:

@@ -79,9 +79,8 @@ def request(item: Item, *, planned: bool = False, seed: int = 0) -> EditRequest:
 
 
 def names(item: Item) -> list[str]:
-    """For each asked change the phrase with which a reasoning that found the thing names it."""
-    things = (item.scene.things[change.index] for change in item.changes)
-    return [f"It is the {thing.colour} {thing.kind} {thing.position}" for thing in things]
+    """For each asked change the phrase with which a reasoning that found the thing or place names it."""
+    return [f"It is the {change.name(item.scene)}:" for change in item.changes]
 
 
 def score_plan(item: Item, plan: Outcome) -> dict[str, bool | None]:

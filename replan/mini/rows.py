@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from replan.errors import ConfigError
 from replan.images import write_atomic
-from replan.mini.instructions import SPLITS, Item, random_item
+from replan.mini.instructions import SPLITS, Item, item_at
 from replan.mini.scenes import draw
 from replan.plan import render
 
@@ -24,7 +23,7 @@ def rows(split: str = "test", count: int | None = None) -> Iterator[dict[str, An
         raise ConfigError(f"split {split!r}: the mini world has {', '.join(COUNTS)}")
     for number in range(min(count or COUNTS[split], COUNTS[split])):
         seed = SPLITS[split] + number
-        yield row(random_item(random.Random(seed)), number, seed)
+        yield row(item_at(seed), number, seed)
 
 
 def row(item: Item, number: int, seed: int) -> dict[str, Any]:
@@ -32,7 +31,8 @@ def row(item: Item, number: int, seed: int) -> dict[str, Any]:
     picture = io.BytesIO()
     draw(item.scene).save(picture, format="PNG")
     words = ", ".join(reference.words for reference in item.references) or "everything"
-    tasks = " + ".join(dict.fromkeys(change.task for change in item.changes))
+    light = ("light",) if item.light != "day" else ()
+    tasks = " + ".join(dict.fromkeys((*light, *(change.task for change in item.changes))))
     extra = {
         "image_id": number,
         "instruction_details": {"editing_instruction": item.instruction, "referring_expression": words},
@@ -52,7 +52,7 @@ def item_of(extra: Mapping[str, Any]) -> Item | None:
     """The exact item that a row's extra_info belongs to; None for a row of another world."""
     mini = extra.get("mini")
     seed = mini.get("seed") if isinstance(mini, Mapping) else None
-    return random_item(random.Random(seed)) if isinstance(seed, int) else None
+    return item_at(seed) if isinstance(seed, int) else None
 
 
 def export(folder: Path, split: str = "test", count: int | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 A scene is data (`Scene`); `draw` turns it into 96 x 96 pixels. Editing a scene and drawing it again gives the exact
 target picture of an edit. Things stand in the cells of a 3 x 3 grid: no two of them share an image token of 16 pixels.
+Some kinds have a second state (a lamp that is off, an open box), and the whole scene has a light.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from replan.types import Box, Size
 
@@ -32,6 +33,8 @@ COLOURS: dict[str, Colour] = {
 }
 LEAF, WOOD, METAL = (70, 158, 66), (124, 84, 52), (96, 98, 106)
 PLACES = ("shelf", "desk", "garden")
+LIGHTS: dict[str, Colour] = {"day": (255, 255, 255), "evening": (255, 198, 142), "night": (124, 138, 196)}
+Cell = tuple[int, int]  # column, row
 POSITIONS = (
     ("top left", "top middle", "top right"),
     ("middle left", "center", "middle right"),
@@ -41,7 +44,10 @@ POSITIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: its kind and colour, the cell it stands in, its height and its shift from the middle in pixels."""
+    """One object: its kind and colour, the cell it stands in, its height and its shift from the middle in pixels.
+
+    `altered`: in its kind's second state, for kinds that have one.
+    """
 
     kind: str
     colour: str
@@ -49,6 +55,7 @@ class Thing:
     row: int
     height: int
     shift: int = 0
+    altered: bool = False
 
     @property
     def box(self) -> Box:
@@ -65,11 +72,19 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A place, its tint in [0, 1] and the things in it."""
+    """A place, its tint in [0, 1], the things in it and the light that falls on them."""
 
     place: str
     tint: float
     things: tuple[Thing, ...]
+    light: str = "day"
+
+    @property
+    def empty(self) -> tuple[Cell, ...]:
+        """Cells in which nothing stands, row by row."""
+        taken = {(thing.column, thing.row) for thing in self.things}
+        cells = ((column, row) for row in range(ROWS) for column in range(COLUMNS))
+        return tuple(cell for cell in cells if cell not in taken)
 
     def swap(self, index: int, thing: Thing | None) -> Scene:
         """The scene with thing `index` replaced, or removed when `thing` is None."""
@@ -184,23 +199,45 @@ def _apple(pen: Pen) -> None:
     pen.ellipse(0.14, 0.3, 0.36, 0.54, shade=0.5)
 
 
+def _bloom(pen: Pen) -> None:
+    for x, y in ((0.2, 0.3), (0.5, 0.12), (0.8, 0.3), (0.52, 0.42)):
+        pen.ellipse(x - 0.15, y - 0.13, x + 0.15, y + 0.13, colour=(250, 120, 190))
+        pen.ellipse(x - 0.06, y - 0.05, x + 0.06, y + 0.05, colour=(255, 232, 90))
+
+
+def _off(pen: Pen) -> None:
+    pen.polygon((0.3, 0.0), (0.7, 0.0), (1.0, 0.48), (0.0, 0.48), shade=-0.45)
+    pen.ellipse(0.0, 0.42, 1.0, 0.56, colour=(52, 50, 48))
+
+
+def _open(pen: Pen) -> None:
+    pen.polygon((0.0, 0.26), (0.28, 0.0), (1.0, 0.0), (0.74, 0.26), shade=-0.75)
+    pen.polygon((0.0, 0.26), (0.74, 0.26), (0.7, 0.42), (0.0, 0.42), shade=0.5)
+
+
+def _bitten(pen: Pen) -> None:
+    pen.ellipse(0.6, 0.3, 1.02, 0.74, colour=(250, 240, 206))
+    pen.ellipse(0.56, 0.52, 0.86, 0.8, colour=(250, 240, 206))
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a kind is drawn and its (width, height) as shares of the thing's height."""
+    """How a kind is drawn, its (width, height) as shares of a thing's height, and what its second state adds."""
 
     draw: Callable[[Pen], None]
     share: tuple[float, float]
+    altered: Callable[[Pen], None] | None = None
 
 
 SHAPES: dict[str, Shape] = {
     "cup": Shape(_cup, (1.0, 0.84)),
-    "plant": Shape(_plant, (0.88, 1.0)),
+    "plant": Shape(_plant, (0.88, 1.0), _bloom),
     "book": Shape(_book, (0.78, 0.96)),
-    "lamp": Shape(_lamp, (0.8, 1.0)),
+    "lamp": Shape(_lamp, (0.8, 1.0), _off),
     "ball": Shape(_ball, (0.84, 0.84)),
-    "box": Shape(_box, (1.0, 0.86)),
+    "box": Shape(_box, (1.0, 0.86), _open),
     "bottle": Shape(_bottle, (0.5, 1.0)),
-    "apple": Shape(_apple, (0.86, 0.9)),
+    "apple": Shape(_apple, (0.86, 0.9), _bitten),
 }
 KINDS = tuple(SHAPES)
 
@@ -243,14 +280,23 @@ def draw(scene: Scene) -> Image.Image:
     canvas = ImageDraw.Draw(picture)
     _place(canvas, scene.place, scene.tint)
     for thing in scene.things:
-        SHAPES[thing.kind].draw(Pen(canvas, thing.box, COLOURS[thing.colour]))
-    return picture.reduce(OVERSAMPLE)
+        shape, pen = SHAPES[thing.kind], Pen(canvas, thing.box, COLOURS[thing.colour])
+        shape.draw(pen)
+        if thing.altered and shape.altered:
+            shape.altered(pen)
+    small = picture.reduce(OVERSAMPLE)
+    return small if scene.light == "day" else ImageChops.multiply(small, Image.new("RGB", SIZE, LIGHTS[scene.light]))
 
 
 def random_thing(rng: random.Random, cell: int) -> Thing:
     """A random thing standing in cell 0 .. 8, counted row by row."""
     row, column = divmod(cell, COLUMNS)
-    return Thing(rng.choice(KINDS), rng.choice(list(COLOURS)), column, row, rng.randint(21, 27), rng.randint(-1, 1))
+    kind, colour = rng.choice(KINDS), rng.choice(list(COLOURS))
+    return _in_some_state(rng, Thing(kind, colour, column, row, rng.randint(21, 27), rng.randint(-1, 1)))
+
+
+def _in_some_state(rng: random.Random, thing: Thing) -> Thing:
+    return replace(thing, altered=SHAPES[thing.kind].altered is not None and rng.random() < 0.25)
 
 
 def random_scene(rng: random.Random, fewest: int = 3, most: int = 7) -> Scene:
@@ -262,5 +308,15 @@ def random_scene(rng: random.Random, fewest: int = 3, most: int = 7) -> Scene:
         if things and rng.random() < 0.45:
             twin = rng.choice(things)
             thing = replace(thing, kind=twin.kind, colour=rng.choice((twin.colour, thing.colour)))
+            thing = _in_some_state(rng, thing)
         things.append(thing)
     return Scene(rng.choice(PLACES), rng.random(), tuple(things))
+
+
+def random_odd_scene(rng: random.Random) -> Scene:
+    """A scene in which all things but one are of one kind."""
+    scene = random_scene(rng, fewest=4)
+    kind, other = rng.sample(KINDS, 2)
+    odd = rng.randrange(len(scene.things))
+    things = (replace(t, kind=other if i == odd else kind) for i, t in enumerate(scene.things))
+    return replace(scene, things=tuple(_in_some_state(rng, thing) for thing in things))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from replan.mini.scenes import draw, random_scene
+from replan.mini.scenes import LIGHTS, Scene, draw, random_scene
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,23 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def pixels(seeds: list[int]) -> Tensor:
-    """Pictures of random scenes as [B, 3, 96, 96] in [-1, 1]."""
-    pictures = np.stack([np.asarray(draw(random_scene(random.Random(seed)))) for seed in seeds])
+    """Pictures of random scenes, some of them not by day, as [B, 3, 96, 96] in [-1, 1]."""
+    pictures = np.stack([np.asarray(draw(_scene(seed))) for seed in seeds])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_autoencoder(folder: Path, config: TrainConfig) -> AutoencoderKL:
-    """Train (or go on training) and write the model to `folder/vae`, its latents scaled to unit variance."""
+def _scene(seed: int) -> Scene:
+    light = sorted(LIGHTS)[seed // 5 % len(LIGHTS)] if seed % 5 == 0 else "day"
+    return replace(random_scene(random.Random(seed)), light=light)
+
+
+def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = None) -> AutoencoderKL:
+    """Train (or go on training) and write the model to `folder/vae`, its latents scaled to unit variance.
+
+    `start` is a finished model's folder to begin from.
+    """
     torch.manual_seed(config.seed)
-    model = build_autoencoder()
+    model = AutoencoderKL.from_pretrained(start) if start else build_autoencoder()
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def encode(images: Tensor) -> Tensor:
@@ -66,10 +75,11 @@ def train_autoencoder(folder: Path, config: TrainConfig) -> AutoencoderKL:
         return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
 
     def loss_at(step: int) -> Tensor:
-        return reconstruction_loss(encode, decode, step, config.batch)
+        with config.precision():
+            return reconstruction_loss(encode, decode, step, config.batch, config.device)
 
     def evaluate(_: nn.Module, step: int) -> None:
-        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(encode, decode))
+        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(encode, decode, device=config.device))
 
     fit(model, loss_at, config, folder / "vae-run", evaluate=evaluate, evaluate_every=500)
     with torch.no_grad():
@@ -80,30 +90,19 @@ def train_autoencoder(folder: Path, config: TrainConfig) -> AutoencoderKL:
     return model
 
 
-def reconstruction_loss(encode: Transform, decode: Transform, step: int, batch: int) -> Tensor:
+def reconstruction_loss(encode: Transform, decode: Transform, step: int, batch: int, device: str = "cpu") -> Tensor:
     """How far the scenes of one step are from their reconstructions; a pure function of step and model."""
     images = pixels(list(range(step * batch, (step + 1) * batch)))
-    images = images.contiguous(memory_format=torch.channels_last)
-    latents = encode(images)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-    output = decode(latents + LATENT_NOISE * latents.detach().std() * noise)
+    images = images.to(device, memory_format=torch.channels_last)
+    latents = encode(images).float()
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
+    output = decode(latents + LATENT_NOISE * latents.detach().std() * noise).float()
     return F.l1_loss(output, images) + 2 * F.mse_loss(output, images) + 1e-5 * latents.square().mean()
 
 
 @torch.no_grad()
-def reconstruction_psnr(encode: Transform, decode: Transform, count: int = 64) -> float:
+def reconstruction_psnr(encode: Transform, decode: Transform, count: int = 64, device: str = "cpu") -> float:
     """Mean PSNR in dB over `count` scenes that training never sees (negative seeds)."""
-    images = pixels(list(range(-count, 0)))
+    images = pixels(list(range(-count, 0))).to(device)
     error = ((decode(encode(images)).clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)
     return float((-10 * error.log10()).mean())
-
-
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=16)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_autoencoder(arguments.folder, TrainConfig(arguments.minutes, batch=8, lr=2e-3, ema=0.995, save_every=300))

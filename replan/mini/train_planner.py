@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from replan.mini.instructions import random_item
-from replan.mini.scenes import SIZE, draw, random_scene
+from replan.mini.scenes import SIZE, draw, random_odd_scene, random_scene
 from replan.mini.training import TrainConfig, fit
 from replan.types import Plan
 
@@ -191,7 +192,7 @@ class Conversations:
         pictures, packed = [], []
         for seed in seeds:
             rng = random.Random(seed)
-            scene = random_scene(rng)
+            scene = random_odd_scene(rng) if rng.random() < 0.15 else random_scene(rng)
             pictures.append(np.asarray(draw(scene)))
             items = [random_item(rng, scene) for _ in range(TURNS)]
             packed.append(self.pack([(item.instruction, answer(item.plan)) for item in items]))
@@ -212,13 +213,14 @@ class Conversations:
         }
 
 
-def planner_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Weighted cross-entropy of the answers' tokens."""
+def planner_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Weighted cross-entropy of the answers' tokens; scores are computed for these only."""
     labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    return (each * weights).sum() / weights.sum()
+    states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    learnt = labels != -100
+    each = F.cross_entropy(model.lm_head(states[learnt]).float(), labels[learnt], reduction="none")
+    return (each * weights[learnt]).sum() / weights.sum()
 
 
 def save_planner(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
@@ -267,11 +269,14 @@ def train_planner(folder: Path, config: TrainConfig) -> PreTrainedModel:
     conversations = Conversations(tokenizer)
 
     def loss_at(step: int) -> Tensor:
-        return planner_loss(model, conversations.batch(range(step * config.batch, (step + 1) * config.batch)))
+        batch = conversations.batch(range(step * config.batch, (step + 1) * config.batch))
+        with config.precision():
+            return planner_loss(model, {name: value.to(config.device) for name, value in batch.items()})
 
     def evaluate(_: nn.Module, step: int) -> None:
         save_planner(model, tokenizer, folder / "planner")
-        logger.info("step %d  saved; loss on unseen scenes %.4f", step, _unseen_loss(model, conversations))
+        loss = _unseen_loss(model, conversations, config.device)
+        logger.info("step %d  saved; loss on unseen scenes %.4f", step, loss)
 
     fit(model, loss_at, config, folder / "planner-run", evaluate=evaluate, evaluate_every=500)
     save_planner(model, tokenizer, folder / "planner")
@@ -279,16 +284,6 @@ def train_planner(folder: Path, config: TrainConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _unseen_loss(model: nn.Module, conversations: Conversations) -> float:
-    return float(planner_loss(model, conversations.batch(range(-16, 0))))
-
-
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=120)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_planner(arguments.folder, TrainConfig(arguments.minutes, batch=16, lr=2e-3, muon_lr=2e-3, save_every=250))
+def _unseen_loss(model: nn.Module, conversations: Conversations, device: str) -> float:
+    batch = conversations.batch(range(-16, 0))
+    return float(planner_loss(model, {name: value.to(device) for name, value in batch.items()}))

@@ -77,22 +77,23 @@ def decode(model: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
     return model.decoder(model.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
 
 
-def train_autoencoder(folder: Path, config: TrainConfig) -> AutoencoderKLQwenImage:
+def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = None) -> AutoencoderKLQwenImage:
     """Train (or go on training) and write the model to `folder/vae`, its config holding each channel's mean and spread.
 
-    A finished one is loaded as it is.
+    A finished one is loaded as it is; `start` is the folder of another one to begin from.
     """
     if (folder / "vae").exists():
         return AutoencoderKLQwenImage.from_pretrained(folder / "vae").eval()
     torch.manual_seed(config.seed)
-    model = build_autoencoder()
+    model = AutoencoderKLQwenImage.from_pretrained(start) if start else build_autoencoder()
     coder = partial(encode, model), partial(decode, model)
 
     def loss_at(step: int) -> Tensor:
-        return reconstruction_loss(*coder, step, config.batch)
+        with config.precision():
+            return reconstruction_loss(*coder, step, config.batch, config.device)
 
     def evaluate(_: nn.Module, step: int) -> None:
-        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(*coder))
+        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(*coder, device=config.device))
 
     with single_frame(model):
         fit(model, loss_at, config, folder / "vae-run", evaluate=evaluate, evaluate_every=500)

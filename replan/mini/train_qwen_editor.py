@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AddedToken, DynamicCache, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from replan.mini.pool import Pool, all_texts, encode_pool, pool_batch, pool_edit
 from replan.mini.scenes import SIZE, draw
-from replan.mini.train_editor import GRID, Pool, all_texts, encode_pool, flow_loss, pool_batch, pool_edit
+from replan.mini.train_editor import GRID, flow_loss
 from replan.mini.train_planner import FRAMES, MERGE, SPECIALS, patches
 from replan.mini.train_qwen_autoencoder import CHANNELS, encode, single_frame, train_autoencoder
 from replan.mini.training import TrainConfig, fit
@@ -171,13 +173,15 @@ class PromptReader:
 
     def __call__(self, prompts: list[str], pictures: np.ndarray) -> tuple[Tensor, Tensor]:
         """Text states [B, L, D] and which of them are no padding [B, L]; `pictures` are uint8, [B, H, W, 3]."""
-        ids, real = self._tokens(prompts)
+        device = self._encoder.device
+        ids, real = (found.to(device) for found in self._tokens(prompts))
         model, embed = self._encoder.model, self._encoder.get_input_embeddings()
-        seen = model.visual(patches(pictures, PATCH), grid_thw=self._grid.expand(len(prompts), -1)).pooler_output
+        grid = self._grid.expand(len(prompts), -1).to(device)
+        seen = model.visual(patches(pictures, PATCH).to(device), grid_thw=grid).pooler_output
         tokens = embed(ids).masked_scatter(ids.eq(self._image)[..., None], seen)
         # positions are left to the model, as the stock pipeline does: without token types it counts them through
         cache = DynamicCache(config=model.language_model.config)
-        model.language_model(inputs_embeds=embed(self._head)[None], past_key_values=cache, use_cache=True)
+        model.language_model(inputs_embeds=embed(self._head.to(device))[None], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
         return model.language_model(inputs_embeds=tokens, past_key_values=cache).last_hidden_state, real
 
@@ -193,28 +197,30 @@ class PromptReader:
 class EditorLoss:
     """Flow matching on (source, prompt, target) triples; a pure function of the step."""
 
-    def __init__(self, editor: Editor, tokenizer: Qwen2Tokenizer, pool: Pool, batch: int) -> None:
-        self._editor, self._pool, self._batch = editor, pool, batch
+    def __init__(self, editor: Editor, tokenizer: Qwen2Tokenizer, pool: Pool, config: TrainConfig) -> None:
+        self._editor, self._pool, self._config = editor, pool, config
         self._read = PromptReader(editor.text_encoder, tokenizer)
 
     def __call__(self, step: int) -> Tensor:
         rng = random.Random(step)
-        scenes, source, target, prompts = pool_batch(self._pool, rng, self._batch)
+        scenes, source, target, prompts = pool_batch(self._pool, rng, self._config.batch)
+        source, target = source.to(self._config.device), target.to(self._config.device)
         prompts = [NO_PROMPT if rng.random() < NO_PROMPT_SHARE else prompt for prompt in prompts]
-        pictures = np.stack([np.asarray(draw(pool_edit(seed, 0)[0])) for seed in scenes])
+        pictures = np.stack([np.asarray(draw(pool_edit(seed, 0).scene)) for seed in scenes])
         text, real = self._read(prompts, pictures)
 
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
-            return self._editor.transformer(
-                hidden_states=torch.cat([x, source], 1),
-                encoder_hidden_states=text,
-                encoder_hidden_states_mask=real,
-                timestep=sigma,
-                img_shapes=[[(1, GRID, GRID)] * 2] * len(x),
-                return_dict=False,
-            )[0][:, : x.shape[1]]
+            with self._config.precision():
+                return self._editor.transformer(
+                    hidden_states=torch.cat([x, source], 1),
+                    encoder_hidden_states=text,
+                    encoder_hidden_states_mask=real,
+                    timestep=sigma,
+                    img_shapes=[[(1, GRID, GRID)] * 2] * len(x),
+                    return_dict=False,
+                )[0][:, : x.shape[1]]
 
-        return flow_loss(predict, source, target, step)
+        return flow_loss(predict, source, target, step, self._config.device)
 
 
 def save_editor(editor: Editor, vae: AutoencoderKLQwenImage, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
@@ -239,8 +245,9 @@ def save_editor(editor: Editor, vae: AutoencoderKLQwenImage, tokenizer: Qwen2Tok
         processor=no_processor,
         transformer=editor.transformer,
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
-    pipeline.to(torch.float32)
+    device = editor.transformer.device
+    pipeline.to("cpu", torch.float16).save_pretrained(folder)
+    pipeline.to(device, torch.float32)
     _save_processor(tokenizer, folder)
     (folder / "replan.yaml").write_text("config: edit/mini_qwen\n")  # so that `-b folder` edits with these settings
 
@@ -265,10 +272,16 @@ def _run_tokenizer(folder: Path) -> Qwen2Tokenizer:
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
-def train_editor(folder: Path, config: TrainConfig, vae_minutes: float = 20, scenes: int = 8_000) -> Editor:
-    """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`."""
+def train_editor(
+    folder: Path, config: TrainConfig, vae_minutes: float = 20, scenes: int = 16_000, start: Path | None = None
+) -> Editor:
+    """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`.
+
+    `start` is the folder of a finished autoencoder, from which its training begins.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    vae = train_autoencoder(folder, TrainConfig(vae_minutes, batch=8, lr=2e-3, ema=0.995, save_every=300))
+    coding = TrainConfig(vae_minutes, batch=8, lr=1e-3 if start else 2e-3, ema=0.995, save_every=300)
+    vae = train_autoencoder(folder, replace(coding, device=config.device, bf16=config.bf16), start)
     mean, std = (torch.tensor(vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
     with single_frame(vae):
         pool = encode_pool(lambda images: (encode(vae, images) - mean) / std, scenes, folder / "latents.safetensors")
@@ -282,7 +295,9 @@ def train_editor(folder: Path, config: TrainConfig, vae_minutes: float = 20, sce
         save()
         logger.info("step %d  saved", step)
 
-    loss = EditorLoss(editor, tokenizer, pool, config.batch)
+    if config.compiled:
+        editor.transformer.compile(dynamic=True)
+    loss = EditorLoss(editor, tokenizer, pool, config)
     fit(editor, loss, config, folder / "editor-run", evaluate=evaluate, evaluate_every=1000)
     save()
     return editor

@@ -17,7 +17,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How long and how fast. `minutes` is the whole budget over all restarts; rates are peaks of a cosine schedule."""
+    """How long and how fast. `minutes` is the whole budget over all restarts; rates are peaks of a cosine schedule.
+
+    `bf16` computes forward passes in bfloat16 where that is safe; weights stay in float32. `compiled` compiles the
+    blocks of the model that takes the time; it needs a C++ compiler on a CPU.
+    """
 
     minutes: float
     batch: int = 32
@@ -29,6 +33,13 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 50
     seed: int = 0
+    device: str = "cpu"
+    bf16: bool = False
+    compiled: bool = False
+
+    def precision(self) -> torch.autocast:
+        """The context for a forward pass."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -68,13 +79,14 @@ def fit(
     `folder/state.pt` (atomically) every `save_every` steps; a second call goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model.to(config.device)
     state_file = folder / "state.pt"
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optims = optimizers(model, config)
     peaks = [[group["lr"] for group in optim.param_groups] for optim in optims]
     step, spent = 0, 0.0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=config.device)
         model.load_state_dict(state["model"])
         average, step, spent = state["average"], state["step"], state["spent"]
         for optim, saved in zip(optims, state["optims"], strict=True):
@@ -115,7 +127,7 @@ def fit(
             tick = time.monotonic()
     save()
     model.load_state_dict(average)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def _rate(step: int, progress: float, warmup: int) -> float:

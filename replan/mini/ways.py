@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from replan.errors import ConfigError
 from replan.mini.instructions import KEEP_REST, Item
-from replan.mini.scenes import draw
+from replan.mini.scenes import POSITIONS, draw
 from replan.planner.base import Outcome
 from replan.presets import preset_names
 from replan.types import Box, Edit, EditRequest, Plan, Region, Size
@@ -29,11 +29,6 @@ Plans = Literal["none", "exact", "planner", "hasty"]
 
 _NAMED = re.compile(r"\b[Ii]t is (the [\w ,-]+?)\s*(?:[:.;]|$)")
 _KEEP = re.compile(r"\b(?:keep|leave)\b.*\b(?:unchanged|as (?:it|they) (?:is|are|was|were))\b")
-_PLACES = (
-    ("top left", "top middle", "top right"),
-    ("middle left", "center", "middle right"),
-    ("bottom left", "bottom middle", "bottom right"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +160,13 @@ def _said_of(region: Region, name: str, size: Size) -> str:
     """ "make this red" -> "make the white cup in the top left red"."""
     place = where(region.box, size)
     words = name or "the thing"
-    for known in sum(_PLACES, ()):
+    for known in sum(POSITIONS, ()):
         if known in words:  # the reasoning says the place itself
             words, place = words.replace(f"in the {known}", "").replace(known, "").strip(), known
-    words = f"{words} in the {place}"
     hint = region.hint
+    if re.search(r"\bhere\b", hint):
+        return re.sub(r"\bhere\b", f"in the {place}", hint, count=1)
+    words = f"{words} in the {place}"
     return re.sub(r"\bthis\b", words, hint, count=1) if re.search(r"\bthis\b", hint) else f"{hint}: {words}"
 
 
@@ -177,7 +174,7 @@ def where(box: Box, size: Size) -> str:
     """The ninth of the picture that the middle of a box lies in, in words."""
     column = min(2, (box.left + box.right) * 3 // (2 * size.width))
     row = min(2, (box.top + box.bottom) * 3 // (2 * size.height))
-    return _PLACES[row][column]
+    return POSITIONS[row][column]
 
 
 def hasty(planner: LocalPlanner) -> LocalPlanner:

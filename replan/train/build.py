@@ -131,14 +131,12 @@ def _items(settings: BuildConfig) -> tuple[Iterator[Item] | tuple[Item, ...], li
 
 
 def _mini(first: int, count: int) -> Iterator[Item]:
-    import random
-
-    from replan.mini.instructions import random_item
+    from replan.mini.instructions import item_at
     from replan.mini.rows import row
 
     for number in range(count):
         seed = first + number
-        fields = row(random_item(random.Random(seed)), number, seed)
+        fields = row(item_at(seed), number, seed)
         try:
             yield read_row(fields, number, DataConfig())
         except RowError as error:  # the world itself is broken

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from replan.errors import JudgeError
-from replan.mini.instructions import Change, Item, apply_changes, make_item
+from replan.mini.changes import Change, apply_changes
+from replan.mini.instructions import Item, make_item
 from replan.mini.judge import judge
 from replan.mini.scenes import Scene, Thing, draw
 
@@ -22,7 +23,12 @@ SCENE = Scene(
         Thing("ball", "green", 0, 2, 26),
     ),
 )
-CHANGES = (Change("recolour", 0, "blue"), Change("replace", 0, None, "plant"), Change("remove", 0))
+CHANGES = (
+    Change("recolour", 0, "blue"),
+    Change("replace", 0, None, "plant"),
+    Change("remove", 0),
+    Change("add", -1, "orange", "ball", cell=(1, 2)),
+)
 
 
 @pytest.fixture(params=CHANGES, ids=lambda change: change.task)
@@ -49,13 +55,18 @@ def test_untouched(item: Item):
     assert judge(item, draw(item.scene)).weighted == pytest.approx((1 + 1 + 10 / 5) / 4)
 
 
+def elsewhere(change: Change) -> Change:
+    """The same change done to the twin, or in another empty place."""
+    return replace(change, cell=(2, 2)) if change.task == "add" else replace(change, index=1)
+
+
 def test_wrong_twin_edited(item: Item):
-    wrong = apply_changes(item.scene, [replace(item.changes[0], index=1)])
+    wrong = apply_changes(item.scene, [elsewhere(item.changes[0])])
     assert scores(item, draw(wrong)) == (1, 1, 1, 5)
 
 
 def test_spill_to_the_twin(item: Item):
-    both = apply_changes(item.scene, [item.changes[0], replace(item.changes[0], index=1)])
+    both = apply_changes(item.scene, [item.changes[0], elsewhere(item.changes[0])])
     assert scores(item, draw(both)) == (5, 5, 1, 5)
 
 
@@ -93,3 +104,49 @@ def test_keeping_is_judged_too():
 def test_another_size_is_refused(item: Item):
     with pytest.raises(JudgeError, match="96"):
         judge(item, draw(item.target).resize((64, 64)))
+
+
+LAMP = Change("state", 4, kind="lamp", altered=True)
+
+
+def evening() -> Item:
+    """A global change and a local one together."""
+    scene = replace(SCENE, things=(*SCENE.things, Thing("lamp", "yellow", 2, 2, 26)))
+    return make_item(random.Random(0), scene, [LAMP], "evening")
+
+
+def test_light_and_a_local_change_together():
+    item = evening()
+    assert judge(item, draw(item.target)).success
+    assert scores(item, draw(item.scene)) == (1, 1, 5, 5)
+
+
+def test_only_the_light():
+    item = evening()
+    target, effect, consistency, quality = scores(item, draw(replace(item.scene, light="evening")))
+    assert (target, effect, consistency, quality) == (1, 1, 5, 5)
+
+
+def test_only_the_local_change():
+    item = evening()
+    target, effect, consistency, _ = scores(item, draw(apply_changes(item.scene, [LAMP])))
+    assert (target, effect, consistency) == (1, 1, 5)
+
+
+def test_another_light_than_asked():
+    item = evening()
+    *_, effect, consistency, _ = scores(item, draw(replace(item.target, light="night")))
+    assert effect < 5
+    assert consistency == 1
+
+
+def test_a_thing_changed_under_the_light_costs_consistency():
+    item = evening()
+    wrong = apply_changes(item.target, [Change("recolour", 2, "white")])
+    assert scores(item, draw(wrong))[:3] == (5, 5, 1)
+
+
+def test_a_half_done_state_is_no_state():
+    item = make_item(random.Random(0), evening().scene, [LAMP])
+    assert judge(item, draw(item.target)).success
+    assert scores(item, draw(item.scene))[:3] == (1, 1, 5)

@@ -3,21 +3,35 @@ import random
 import numpy as np
 import pytest
 
-from replan.mini.instructions import KEEP_REST, Change, apply_changes, make_item, random_item, references
-from replan.mini.scenes import CELL, COLOURS, KINDS, SIZE, Scene, Thing, draw, random_scene
+from replan.mini.changes import Change, apply_changes
+from replan.mini.scenes import (
+    CELL,
+    COLOURS,
+    KINDS,
+    LIGHTS,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    random_odd_scene,
+    random_scene,
+)
 
 
-def test_a_seed_always_gives_the_same_picture_and_item():
-    first, second = (random_item(random.Random(7)) for _ in range(2))
+def test_a_seed_always_gives_the_same_picture():
+    first, second = (random_scene(random.Random(7)) for _ in range(2))
     assert first == second
-    assert draw(first.scene).tobytes() == draw(second.scene).tobytes()
-    assert draw(random_scene(random.Random(8))).tobytes() != draw(first.scene).tobytes()
+    assert draw(first).tobytes() == draw(second).tobytes()
+    assert draw(random_scene(random.Random(8))).tobytes() != draw(first).tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_box_is_tight_around_what_is_drawn(kind: str):
+STATES = [(kind, altered) for kind in KINDS for altered in (False, True) if not altered or SHAPES[kind].altered]
+
+
+@pytest.mark.parametrize(("kind", "altered"), STATES)
+def test_a_box_is_tight_around_what_is_drawn(kind: str, altered: bool):
     empty = Scene("desk", 0.5, ())
-    thing = Thing(kind, "purple", 1, 1, 26)
+    thing = Thing(kind, "purple", 1, 1, 26, altered=altered)
     changed = np.asarray(draw(empty)).astype(int) != np.asarray(draw(Scene("desk", 0.5, (thing,)))).astype(int)
     rows, columns = np.nonzero(changed.any(-1))
     box = thing.box
@@ -45,38 +59,23 @@ def test_a_change_moves_only_its_own_cell():
     assert set(columns // CELL) == {thing.column}
 
 
-def test_references_are_unambiguous():
-    """A reference by kind and colour fits exactly one thing of the scene."""
-    for seed in range(200):
-        rng = random.Random(seed)
-        scene = random_scene(rng)
-        for index, thing in enumerate(scene.things):
-            for reference in references(scene, index, rng):
-                if (
-                    reference.referring == "feature"
-                    and thing.colour in reference.words
-                    and thing.kind in reference.words
-                ):
-                    fits = [t for t in scene.things if (t.kind, t.colour) == (thing.kind, thing.colour)]
-                    assert fits == [thing]
+def test_a_second_state_shows():
+    for kind, shape in SHAPES.items():
+        scenes = (Scene("desk", 0.5, (Thing(kind, "red", 1, 1, 24, 0, altered),)) for altered in (False, True))
+        plain, other = (np.asarray(draw(scene)) for scene in scenes)
+        assert (plain != other).any() == (shape.altered is not None)
 
 
-def test_the_plan_boxes_exactly_what_changes():
-    for seed in range(200):
-        item = random_item(random.Random(seed))
-        if item.referring == "all":
-            assert item.plan.regions == ()
-            continue
-        assert item.plan.size == SIZE
-        assert item.plan.prompt == KEEP_REST
-        boxes = [item.scene.things[change.index].box for change in item.changes]
-        assert [region.box for region in item.plan.regions] == boxes
+def test_light_falls_on_everything():
+    scene = random_scene(random.Random(3))
+    pictures = [np.asarray(draw(Scene(scene.place, scene.tint, scene.things, light))).astype(int) for light in LIGHTS]
+    assert all((picture <= pictures[0]).all() for picture in pictures)
+    assert len({picture.mean().round() for picture in pictures}) == len(LIGHTS)
 
 
-def test_reading_the_hints():
-    scene = Scene("shelf", 0.0, (Thing("cup", "red", 0, 0, 25), Thing("book", "blue", 1, 1, 25)))
-    changes = [Change("replace", 0, None, "apple"), Change("keep", 1)]
-    item = make_item(random.Random(0), scene, changes)
-    assert [region.hint for region in item.plan.regions] == ["replace this with an apple", "keep this unchanged"]
-    assert item.target.things == (Thing("apple", "red", 0, 0, 25), scene.things[1])
-    assert " but " in item.instruction
+def test_an_odd_scene_has_one_thing_of_another_kind():
+    for seed in range(100):
+        kinds = [thing.kind for thing in random_odd_scene(random.Random(seed)).things]
+        assert sorted(kinds.count(kind) for kind in set(kinds))[0] == 1
+        assert len(set(kinds)) == 2
+        assert len(kinds) > 3

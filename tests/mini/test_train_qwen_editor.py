@@ -157,8 +157,9 @@ def test_the_command_trains_goes_on_and_its_folder_edits(tmp_path: Path, backbon
     steps, spent = [], 0.0
     for _ in range(2):
         budget = str(spent / 60 + 1e-6)  # one more step
-        done = CliRunner().invoke(app, [*train, "--minutes", budget, "--vae-minutes", "1e-6"])
+        done = CliRunner().invoke(app, [*train, "--minutes", budget, "--vae-minutes", "1e-6", "--evaluate", "2"])
         assert done.exit_code == 0, done.output
+        assert "the editor's own rules" in done.stderr
         assert done.stdout.split()[-1] == str(run / "editor")
         state = torch.load(run / "editor-run" / "state.pt", weights_only=True)
         steps.append(state["step"])

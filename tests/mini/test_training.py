@@ -9,17 +9,9 @@ import torch
 from torch import nn
 
 from replan.mini.instructions import random_item
+from replan.mini.pool import CHANNELS, EDITS, all_texts, pack, pool_edit
 from replan.mini.scenes import SIZE, draw, random_scene
-from replan.mini.train_editor import (
-    CHANNELS,
-    EDITS,
-    all_texts,
-    build_clip_tokenizer,
-    build_t5_tokenizer,
-    image_ids,
-    pack,
-    pool_edit,
-)
+from replan.mini.train_editor import build_clip_tokenizer, build_t5_tokenizer, image_ids
 from replan.mini.train_planner import Conversations, answer, patches, train_tokenizer
 from replan.mini.training import TrainConfig, fit
 from replan.plan import parse
@@ -86,7 +78,7 @@ def test_words_of_the_world_are_single_pieces():
 
 def test_the_pool_is_a_pure_function():
     assert all(pool_edit(5, edit) == pool_edit(5, edit) for edit in range(EDITS))
-    assert pool_edit(5, 0)[0] == pool_edit(5, 1)[0]
+    assert pool_edit(5, 0).scene == pool_edit(5, 1).scene
 
 
 def _fit(folder: Path, minutes: float) -> tuple[nn.Module, list[int]]:

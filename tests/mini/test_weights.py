@@ -8,7 +8,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from replan import Editor, EditRequest
-from replan.mini.instructions import Change, Item, make_item
+from replan.mini.changes import Change
+from replan.mini.instructions import Item, make_item
 from replan.mini.judge import judge
 from replan.mini.report import items, request, score_plans
 from replan.mini.scenes import draw
