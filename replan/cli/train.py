@@ -20,6 +20,8 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where state and 
 Family = Literal["flux", "qwen"]
 BATCH = "Pictures per step."
 LR = "Peak learning rate."
+Start = Annotated[Path | None, typer.Option(metavar="FOLDER", help="A finished model to begin with.")]
+Seed = Annotated[int, typer.Option(min=0, max=200, help="Of the weights at the start and of the scenes met.")]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
 Evaluate = Annotated[
     int, typer.Option("--evaluate", min=0, metavar="N", help="Measure it on N held-out items (dev) afterwards.")
@@ -33,6 +35,8 @@ def mini_planner(
     minutes: Annotated[float, typer.Option(min=0, help="Budget over all restarts.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 16,
     lr: Annotated[float, typer.Option(min=0, help=LR)] = 2e-3,
+    start: Start = None,
+    seed: Seed = 0,
     device: Device = "cpu",
     bf16: Bf16 = False,
     evaluate: Evaluate = 100,
@@ -47,8 +51,10 @@ def mini_planner(
     from replan.mini.train_planner import train_planner
     from replan.mini.training import TrainConfig
 
-    config = TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250, device=device, bf16=bf16)
-    train_planner(folder, config)
+    config = TrainConfig(
+        minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250, seed=seed, device=device, bf16=bf16
+    )
+    train_planner(folder, config, start)
     _evaluate(evaluate, ("end-to-end",), planner=str(folder / "planner"))
     out(str(folder / "planner"))
 
@@ -65,6 +71,8 @@ def mini_editor(
     vae: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A finished autoencoder to begin with; its training goes on.")
     ] = None,
+    start: Start = None,
+    seed: Seed = 0,
     device: Device = "cpu",
     bf16: Bf16 = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer.")] = False,
@@ -87,9 +95,9 @@ def mini_editor(
         from replan.mini.train_editor import train_editor
 
     config = TrainConfig(
-        minutes, batch=batch, lr=lr, muon_lr=lr, save_every=500, device=device, bf16=bf16, compiled=compiled
+        minutes, batch, lr, lr, save_every=500, seed=seed, device=device, bf16=bf16, compiled=compiled
     )
-    train_editor(folder, config, vae_minutes, scenes, vae)
+    train_editor(folder, config, vae_minutes, scenes, vae, start)
     _evaluate(evaluate, ("base", "own", "ceiling"), backbone=str(folder / "editor"))
     out(str(folder / "editor"))
 

@@ -150,7 +150,7 @@ class EditorLoss:
         self._image_ids = torch.cat([image_ids(0), image_ids(1)]).to(config.device)
 
     def __call__(self, step: int) -> Tensor:
-        rng = random.Random(step)
+        rng = random.Random((self._config.seed << 32) + step)
         _, source, target, prompts = pool_batch(self._pool, rng, self._config.batch)
         source, target = source.to(self._config.device), target.to(self._config.device)
         pooled_prompts = ["" if rng.random() < EMPTY_POOLED else prompt for prompt in prompts]
@@ -209,16 +209,19 @@ def save_editor(editor: Editor, vae: AutoencoderKL, tokenizers: Tokenizers, fold
 
 
 def train_editor(
-    folder: Path, config: TrainConfig, vae_minutes: float = 15, scenes: int = 16_000, start: Path | None = None
+    folder: Path,
+    config: TrainConfig,
+    vae_minutes: float = 15,
+    scenes: int = 16_000,
+    vae: Path | None = None,
+    start: Path | None = None,
 ) -> Editor:
     """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`.
 
-    `start` is the folder of a finished autoencoder, from which its training begins.
+    `vae` is the folder of a finished autoencoder, from which its training begins; `start` that of a finished editor,
+    whose autoencoder stays as it is.
     """
-    if not (folder / "vae").exists():
-        coding = TrainConfig(vae_minutes, batch=8, lr=1e-3 if start else 2e-3, ema=0.995, save_every=300)
-        train_autoencoder(folder, replace(coding, device=config.device, bf16=config.bf16), start)
-    coder = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    coder = AutoencoderKL.from_pretrained(_autoencoder(folder, config, vae_minutes, vae, start)).eval()
     coder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     scale, shift = coder.config["scaling_factor"], coder.config["shift_factor"]
 
@@ -226,10 +229,8 @@ def train_editor(
         return (coder.encode(images, return_dict=False)[0].mode() - shift) * scale
 
     pool = encode_pool(encode, scenes, folder / "latents.safetensors")
-    texts = all_texts()
-    tokenizers = build_clip_tokenizer(texts), build_t5_tokenizer(texts)
     torch.manual_seed(config.seed)
-    editor = Editor(len(tokenizers[0]), len(tokenizers[1]))
+    editor, tokenizers = _load(start) if start else _build()
     logger.info("editor: %.2f M parameters", sum(p.numel() for p in editor.parameters()) / 1e6)
 
     def evaluate(model: nn.Module, step: int) -> None:
@@ -242,3 +243,31 @@ def train_editor(
     fit(editor, loss, config, folder / "editor-run", evaluate=evaluate, evaluate_every=1000)
     save_editor(editor, coder, tokenizers, folder / "editor")
     return editor
+
+
+def _autoencoder(folder: Path, config: TrainConfig, minutes: float, vae: Path | None, start: Path | None) -> Path:
+    """The folder of the run's autoencoder, trained if need be."""
+    if start:
+        return start / "vae"
+    if not (folder / "vae").exists():
+        coding = TrainConfig(minutes, batch=8, lr=1e-3 if vae else 2e-3, ema=0.995, save_every=300)
+        train_autoencoder(folder, replace(coding, device=config.device, bf16=config.bf16), vae)
+    return folder / "vae"
+
+
+def _build() -> tuple[Editor, Tokenizers]:
+    texts = all_texts()
+    tokenizers = build_clip_tokenizer(texts), build_t5_tokenizer(texts)
+    return Editor(len(tokenizers[0]), len(tokenizers[1])), tokenizers
+
+
+def _load(start: Path) -> tuple[Editor, Tokenizers]:
+    """The trained parts of a finished editor."""
+    from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+
+    pipeline = FluxKontextPipeline.from_pretrained(start)
+    tokenizers: Tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
+    editor = Editor(len(tokenizers[0]), len(tokenizers[1]))
+    for part in ("text_encoder", "text_encoder_2", "transformer"):
+        getattr(editor, part).load_state_dict(getattr(pipeline, part).state_dict())
+    return editor, tokenizers

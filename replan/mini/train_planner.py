@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
 from replan.mini.instructions import random_item
 from replan.mini.scenes import SIZE, draw, random_odd_scene, random_scene
@@ -103,7 +103,7 @@ def _token(tokenizer: Tokenizer, piece: str) -> int:
 
 
 def build_planner(tokenizer: Tokenizer) -> PreTrainedModel:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLConfig
 
     ids = {name: _token(tokenizer, name) for name in SPECIALS}
     text = {
@@ -257,19 +257,24 @@ def save_planner(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> 
     (folder / "replan_prompt.txt").write_text("{instruction}")
 
 
-def train_planner(folder: Path, config: TrainConfig) -> PreTrainedModel:
-    """Train (or go on training) and write the finished model to `folder/planner`."""
+def train_planner(folder: Path, config: TrainConfig, start: Path | None = None) -> PreTrainedModel:
+    """Train (or go on training) and write the finished model to `folder/planner`.
+
+    `start` is the folder of a finished planner to begin with; with another seed it meets other scenes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     vocabulary = folder / "tokenizer.json"
     if not vocabulary.exists():
-        train_tokenizer().save(str(vocabulary))
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else train_tokenizer()
+        tokenizer.save(str(vocabulary))
     tokenizer = Tokenizer.from_file(str(vocabulary))
-    model = build_planner(tokenizer)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(start).float() if start else build_planner(tokenizer)
     conversations = Conversations(tokenizer)
 
     def loss_at(step: int) -> Tensor:
-        batch = conversations.batch(range(step * config.batch, (step + 1) * config.batch))
+        first = (config.seed << 32) + step * config.batch
+        batch = conversations.batch(range(first, first + config.batch))
         with config.precision():
             return planner_loss(model, {name: value.to(config.device) for name, value in batch.items()})
 

@@ -202,7 +202,7 @@ class EditorLoss:
         self._read = PromptReader(editor.text_encoder, tokenizer)
 
     def __call__(self, step: int) -> Tensor:
-        rng = random.Random(step)
+        rng = random.Random((self._config.seed << 32) + step)
         scenes, source, target, prompts = pool_batch(self._pool, rng, self._config.batch)
         source, target = source.to(self._config.device), target.to(self._config.device)
         prompts = [NO_PROMPT if rng.random() < NO_PROMPT_SHARE else prompt for prompt in prompts]
@@ -273,23 +273,30 @@ def _run_tokenizer(folder: Path) -> Qwen2Tokenizer:
 
 
 def train_editor(
-    folder: Path, config: TrainConfig, vae_minutes: float = 20, scenes: int = 16_000, start: Path | None = None
+    folder: Path,
+    config: TrainConfig,
+    vae_minutes: float = 20,
+    scenes: int = 16_000,
+    vae: Path | None = None,
+    start: Path | None = None,
 ) -> Editor:
     """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`.
 
-    `start` is the folder of a finished autoencoder, from which its training begins.
+    `vae` is the folder of a finished autoencoder, from which its training begins; `start` that of a finished editor,
+    whose autoencoder stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    coding = TrainConfig(vae_minutes, batch=8, lr=1e-3 if start else 2e-3, ema=0.995, save_every=300)
-    vae = train_autoencoder(folder, replace(coding, device=config.device, bf16=config.bf16), start)
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
-    with single_frame(vae):
-        pool = encode_pool(lambda images: (encode(vae, images) - mean) / std, scenes, folder / "latents.safetensors")
-    tokenizer = _run_tokenizer(folder / "tokenizer")
+    coder = _autoencoder(folder, config, vae_minutes, vae, start)
+    mean, std = (torch.tensor(coder.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+    with single_frame(coder):
+        pool = encode_pool(lambda images: (encode(coder, images) - mean) / std, scenes, folder / "latents.safetensors")
+    tokenizer = Qwen2Tokenizer.from_pretrained(start / "tokenizer") if start else _run_tokenizer(folder / "tokenizer")
     torch.manual_seed(config.seed)
     editor = Editor(tokenizer)
+    if start:
+        _load(editor, start)
     logger.info("editor: %.2f M parameters", sum(p.numel() for p in editor.parameters()) / 1e6)
-    save = partial(save_editor, editor, vae, tokenizer, folder / "editor")
+    save = partial(save_editor, editor, coder, tokenizer, folder / "editor")
 
     def evaluate(_: nn.Module, step: int) -> None:
         save()
@@ -301,3 +308,21 @@ def train_editor(
     fit(editor, loss, config, folder / "editor-run", evaluate=evaluate, evaluate_every=1000)
     save()
     return editor
+
+
+def _autoencoder(
+    folder: Path, config: TrainConfig, minutes: float, vae: Path | None, start: Path | None
+) -> AutoencoderKLQwenImage:
+    """The run's autoencoder, trained if need be."""
+    if start:
+        return AutoencoderKLQwenImage.from_pretrained(start / "vae").eval()
+    coding = TrainConfig(minutes, batch=8, lr=1e-3 if vae else 2e-3, ema=0.995, save_every=300)
+    return train_autoencoder(folder, replace(coding, device=config.device, bf16=config.bf16), vae)
+
+
+def _load(editor: Editor, start: Path) -> None:
+    """The weights of a finished editor."""
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(start / "text_encoder")
+    transformer = QwenImageTransformer2DModel.from_pretrained(start / "transformer")
+    editor.text_encoder.load_state_dict(encoder.state_dict())
+    editor.transformer.load_state_dict(transformer.state_dict())

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from replan.mini.instructions import random_item
 from replan.mini.pool import CHANNELS, EDITS, all_texts, pack, pool_edit
 from replan.mini.scenes import SIZE, draw, random_scene
-from replan.mini.train_editor import build_clip_tokenizer, build_t5_tokenizer, image_ids
-from replan.mini.train_planner import Conversations, answer, patches, train_tokenizer
+from replan.mini.train_editor import build_clip_tokenizer, build_t5_tokenizer, image_ids, train_editor
+from replan.mini.train_planner import Conversations, answer, patches, train_planner, train_tokenizer
 from replan.mini.training import TrainConfig, fit
 from replan.plan import parse
 
@@ -99,3 +100,39 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
     assert first == list(range(len(first)))
     assert second[0] == len(first)
     assert float(model(torch.ones(1, 2)).detach().abs()) < 0.5
+
+
+WEIGHTS = Path(__file__).parents[2] / "replan" / "mini" / "weights"
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{file.parent.name}/{name}": value for name, value in load_file(file).items()}
+    return found
+
+
+@pytest.mark.parametrize("model", ["planner", "editor"])
+def test_training_can_begin_with_a_finished_model(model: str, tmp_path: Path):
+    """No minutes, no steps: what comes out is what went in, in the same format."""
+    if model == "planner":
+        train_planner(tmp_path, TrainConfig(0), WEIGHTS / model)
+    else:
+        train_editor(tmp_path, TrainConfig(0), scenes=2, start=WEIGHTS / model)
+    before, after = _weights(WEIGHTS / model), _weights(tmp_path / model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_seed_meets_other_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    met: list[range] = []
+    monkeypatch.setattr(Conversations, "batch", lambda self, seeds: met.append(seeds) or _stop())
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            train_planner(tmp_path, TrainConfig(1, batch=4, seed=seed), WEIGHTS / "planner")
+    assert [len(seeds) for seeds in met] == [4, 4]
+    assert not set(met[0]) & set(met[1])
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
