@@ -115,11 +115,10 @@ class Change:
         return Box(left + MARGIN, top + MARGIN, left + CELL - MARGIN, top + CELL - MARGIN)
 
     def name(self, scene: Scene) -> str:
-        """The thing or the place by look and position, e.g. "red cup top left"."""
+        """The thing or the place in the planner's shorthand, e.g. "cup red top left" or "empty place center"."""
         if self.cell is not None:
             return f"empty place {POSITIONS[self.cell[1]][self.cell[0]]}"
-        thing = scene.things[self.index]
-        return f"{thing.colour} {thing.kind} {thing.position}"
+        return scene.things[self.index].name
 
     def combination(self, scene: Scene) -> str:
         """What is done to what, e.g. "recolour red cup blue": the unit that is held out of training."""

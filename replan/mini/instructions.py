@@ -193,7 +193,7 @@ def make_item(
         parts.insert(0 if joint == " but " else rng.choice((0, len(parts))), rng.choice(LIGHT[light]))
     instruction = _polish(joint.join(parts), rng)
     # first everything in sight, in reading order: then choosing is a matter of words
-    seen = f"I see {', '.join(f'{t.colour} {t.kind} {t.position}' for t in scene.things)}."
+    seen = f"I see {', '.join(thing.name for thing in scene.things)}."
     whole = (WHOLE_LIGHT,) if light != "day" else ()
     reasoning = " ".join((seen, *whole, *(_reason(c, scene, r) for c, r in zip(changes, chosen, strict=True))))
     regions = tuple(Region(c.box(scene), c.hint + UNDER_LIGHT[light]) for c in changes)

@@ -69,6 +69,11 @@ class Thing:
     def position(self) -> str:
         return POSITIONS[self.row][self.column]
 
+    @property
+    def name(self) -> str:
+        """The planner's shorthand, e.g. "cup red top left": the kind leads, so that one can look up the rest by it."""
+        return f"{self.kind} {self.colour} {self.position}"
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:

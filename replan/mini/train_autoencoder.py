@@ -90,6 +90,33 @@ def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = No
     return model
 
 
+def refine_decoder(start: Path, folder: Path, config: TrainConfig) -> AutoencoderKL:
+    """Train the decoder of a finished autoencoder on, its latents staying what an editor knows; writes `folder/vae`."""
+    torch.manual_seed(config.seed)
+    model = AutoencoderKL.from_pretrained(start)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.encoder.requires_grad_(False)
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.encode(images, return_dict=False)[0].mode()
+
+    def decode(latents: Tensor) -> Tensor:
+        return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+    def loss_at(step: int) -> Tensor:
+        with config.precision():
+            return reconstruction_loss(encode, decode, (config.seed << 24) + step, config.batch, config.device)
+
+    def evaluate(_: nn.Module, step: int) -> None:
+        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(encode, decode, device=config.device))
+
+    fit(model, loss_at, config, folder / "decoder-run", evaluate=evaluate, evaluate_every=500)
+    model.save_pretrained(folder / "vae")
+    logger.info("reconstruction %.2f dB", reconstruction_psnr(encode, decode))
+    return model
+
+
 def reconstruction_loss(encode: Transform, decode: Transform, step: int, batch: int, device: str = "cpu") -> Tensor:
     """How far the scenes of one step are from their reconstructions; a pure function of step and model."""
     images = pixels(list(range(step * batch, (step + 1) * batch)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from replan.errors import ConfigError
 from replan.mini.instructions import KEEP_REST, Item
-from replan.mini.scenes import POSITIONS, draw
+from replan.mini.scenes import COLOURS, KINDS, POSITIONS, draw
 from replan.planner.base import Outcome
 from replan.presets import preset_names
 from replan.types import Box, Edit, EditRequest, Plan, Region, Size
@@ -28,6 +28,7 @@ CEILING = "ceiling"
 Plans = Literal["none", "exact", "planner", "hasty"]
 
 _NAMED = re.compile(r"\b[Ii]t is (the [\w ,-]+?)\s*(?:[:.;]|$)")
+_SHORTHAND = re.compile(rf"^the ({'|'.join(KINDS)}) ({'|'.join(COLOURS)})$")  # the mini planner's: kind, then colour
 _KEEP = re.compile(r"\b(?:keep|leave)\b.*\b(?:unchanged|as (?:it|they) (?:is|are|was|were))\b")
 
 
@@ -163,6 +164,7 @@ def _said_of(region: Region, name: str, size: Size) -> str:
     for known in sum(POSITIONS, ()):
         if known in words:  # the reasoning says the place itself
             words, place = words.replace(f"in the {known}", "").replace(known, "").strip(), known
+    words = _SHORTHAND.sub(r"the \2 \1", words)
     hint = region.hint
     if re.search(r"\bhere\b", hint):
         return re.sub(r"\bhere\b", f"in the {place}", hint, count=1)

@@ -27,7 +27,7 @@ from replan.types import Box, Plan, Region, Size
 
 ASSETS = Path(__file__).parents[2] / "assets" / "mini"
 SIZE = Size(96, 96)
-CUP = "I see white cup top left, red box center. Look for the cup. It is the white cup top left: recolour it."
+CUP = "I see cup white top left, box red center. Look for the cup. It is the cup white top left: recolour it."
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_rewrite_says_each_hint_of_the_thing_that_the_reasoning_names() -> Non
     box = (Box(4, 4, 28, 28), "make this red")
     assert rewrite(plan_of(box, reasoning=CUP)) == "make the white cup in the top left red"
     keep = (Box(40, 40, 60, 60), "keep this unchanged")
-    two = CUP + " Look for the box. It is the red box center: keep it."
+    two = CUP + " Look for the box. It is the box red center: keep it."
     assert rewrite(plan_of(box, keep, reasoning=two)) == (
         "make the white cup in the top left red and keep the red box in the center unchanged"
     )
