@@ -37,6 +37,10 @@ CASES = json.loads(VECTORS.read_text())
 PLAIN = MaskConfig(expand=0.0, isolate=0.0)
 
 
+def test_a_box_grown_beyond_all_measure_is_the_picture() -> None:
+    assert Box(4, 4, 8, 8).expand(1e308, Size(32, 16)) == Box(0, 0, 32, 16)
+
+
 def unpack(case: dict[str, Any]) -> torch.Tensor:
     length = case["length"]
     bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(case["mask"])), np.uint8))

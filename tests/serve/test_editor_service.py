@@ -136,6 +136,8 @@ def test_messages_say_what_would_be_right(url: str):
 
 def test_bodies_that_are_none(url: str):
     assert error(httpx.post(url + "/v1/edits", content=b"{")) == (422, "invalid", "body")
+    is_json = {"content-type": "application/json"}
+    assert error(httpx.post(url + "/v1/edits", content=b"{", headers=is_json)) == (422, "invalid", "body")
     assert error(httpx.post(url + "/v1/edits", content=b"x" * 500_000)) == (413, "too_large", "body")
     assert error(httpx.get(url + "/v1/edits"))[:2] == (405, "unknown")
     assert error(httpx.get(url + "/../etc/passwd"))[:2] == (404, "unknown")
