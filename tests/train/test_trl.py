@@ -253,6 +253,14 @@ def test_held_out_items_and_samples(folder: Path) -> None:
     assert list(config.output.rglob("events.out.tfevents*"))
 
 
+def test_a_folder_of_a_loggers_name_is_no_logger(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B leaves a folder `wandb` where it ran, which Python takes for an empty package."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / "wandb").is_dir())])
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        train(settings(folder, "never", "loggers=[wandb]"), TextScorer())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
