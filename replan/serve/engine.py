@@ -145,7 +145,7 @@ class Local(Generic[W, R]):
             raise Problem(409, "conflict", str(error), "id") from error
         except TimeoutError as error:
             waited = time.monotonic() - started
-            raise Problem(504, "timeout", f"not done within {waited:.2g} s; it was stopped", "timeout") from error
+            raise Problem(504, "timeout", f"not done within {round(waited, 2):g} s; it was stopped", "timeout") from error
         except (PlannerError, ServiceError) as error:
             raise Problem(503, "unavailable", str(error), after=5) from error
         except Problem:
