@@ -177,6 +177,8 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
     for name in config.loggers:
         if name != "console" and not _is_installed(name):
             raise ConfigError(f"loggers: {name} is not installed: pip install {name}, or leave it out")
+    if rollout.vllm != "off" and not _is_installed("vllm"):
+        raise ConfigError(f"rollout.vllm = {rollout.vllm}: vLLM is not installed: pip install 'trl[vllm]', or use off")
     ours: dict[str, Any] = {
         "output_dir": str(config.output), "max_steps": config.steps, "seed": config.seed, "data_seed": config.seed,
         "use_cpu": not on_gpu, "bf16": on_gpu, "disable_tqdm": True, "logging_steps": 1,

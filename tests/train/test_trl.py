@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from replan.train.run import PLANNER, read
 from replan.types import EditRequest
 
 pytest.importorskip("trl", reason="trl is not installed: pip install replan[train]")
+NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +268,8 @@ def test_a_folder_of_a_loggers_name_is_no_logger(folder: Path, tmp_path: Path, m
     [
         ("optim.micro=3", "must divide the 8 rollouts"),
         ("extra={lerning_rate: 1}", "did you mean learning_rate"),
+        pytest.param("rollout.vllm=colocate", "vLLM is not installed", marks=NO_VLLM),
+        pytest.param("rollout.vllm=server", "vLLM is not installed", marks=NO_VLLM),
     ],
 )
 def test_settings_that_do_not_fit(folder: Path, override: str, told: str) -> None:
