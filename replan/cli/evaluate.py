@@ -77,10 +77,12 @@ def _generate(chosen: GenerateConfig) -> int:
     folder = Path(chosen.output)
     writable(folder)
     todo = methods.todo(replace(chosen, runtime=runtime))
+    run = methods.describe(chosen, todo, bench)
+    engine.compare(folder, run)  # in every process, before any of them touches an item of another run
     if here.is_main:
         _tell_bench(bench)
         engine.sweep(folder)
-        engine.start(folder, methods.describe(chosen, todo, bench))
+        engine.start(folder, run)
     mine = bench.items[here.index :: here.count]
     counts = {"done": 0, "skipped": 0, "failed": 0}
     name = f"process {here.index}: " if here.count > 1 else ""

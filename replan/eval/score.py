@@ -197,7 +197,11 @@ class Scoring:
         entries = self.entries[item.id]
         ratings = {name: dict(entries.get(name, {"unscored": "not asked yet"})) for name in DIMENSIONS}
         seconds = read_json(self.folder / str(item.id) / SECONDS)
-        times = {stage: value for stage, value in seconds.items() if isinstance(value, int | float) and stage != "load"}
+        times = {
+            stage: value
+            for stage, value in seconds.items()
+            if isinstance(value, int | float) and stage not in ("load", "queue")
+        }
         return found | {"ratings": ratings, "seconds": round(sum(times.values()), 4) if times else None}
 
 
