@@ -46,6 +46,8 @@ def generate(
     [bold]Examples[/bold]
       [cyan]replan eval generate eval/mini_replan[/cyan]
       [cyan]replan eval generate configs/eval/replan_flux.yaml processes=8 output=runs/flux[/cyan]   one editor per GPU
+      [cyan]replan eval generate eval/replan_flux service=http://host:8001 workers=16[/cyan]   by `replan serve editor`
+      [cyan]accelerate launch --num_machines 2 ... -m replan eval generate eval/replan_flux[/cyan]   on several machines
       [cyan]replan eval generate eval/replan_flux data.source=my.jsonl edit.steps=20[/cyan]
     """
     from replan import config as loader

@@ -90,7 +90,7 @@ class GenerateConfig:
         if self.method == "instruct-pix2pix":
             raise ConfigError("service: serves no instruct-pix2pix; leave it out")
         if self.processes > 1:
-            raise ConfigError(f"processes = {self.processes}: with a service, workers says how many edits are under way")
+            raise ConfigError(f"processes = {self.processes}: with a service, workers says how many at once")
         if self.planning != PlannerConfig():
             raise ConfigError("planning: the service's planner has settings of its own; give them to `replan serve`")
         if self.runtime != Runtime() and self.method != "rephrase":
@@ -124,7 +124,8 @@ def _editing(settings: GenerateConfig) -> Todo:
         from replan.eval.service import connect
 
         served = connect(settings, edit, planner)
-        return _rephrasing(settings, Todo(served, chosen | served.about, settings.seed, exact, served.check, served.stop))
+        made = Todo(served, chosen | served.about, settings.seed, exact, served.check, served.stop)
+        return _rephrasing(settings, made)
     editor = Editor.load(
         settings.backbone, planner, config=edit, runtime=settings.runtime, planner_config=settings.planning
     )

@@ -69,6 +69,14 @@ class Cost:
             return None
         return (self.tokens_in * self.price_in + self.tokens_out * self.price_out) / 1e6
 
+    def after(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """With what earlier calls of the command spent on the same run; dollars only where all prices are known."""
+        names = ("calls", "tokens_in", "tokens_out")
+        total: dict[str, Any] = {name: before.get(name, 0) + getattr(self, name) for name in names}
+        parts = ((before.get("calls", 0), before.get("dollars")), (self.calls, self.dollars))
+        dollars = [each for calls, each in parts if calls]
+        return total | {"dollars": None if None in dollars else sum(filter(None, dollars))}
+
     def __str__(self) -> str:
         text = f"{self.calls:,} calls, {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
         return text if self.dollars is None else f"{text}, {self.dollars:.2f} US dollars"
@@ -185,17 +193,17 @@ class Scoring:
         """Write the scores as they are now. Returns the file."""
         about = self.judge.describe()
         path = self.folder / SCORES / f"{about['name']}.json"
+        before = read_json(path).get("spent", {})
         record.write_json(
             {
                 "format": FORMAT,
                 "judge": dict(about),
                 "run": {"settings": run["settings"], "data": run["data"], "bad_rows": run["bad_rows"]},
-                "spent": {"calls": spent.calls, "tokens_in": spent.tokens_in, "tokens_out": spent.tokens_out,
-                          "dollars": spent.dollars},
+                "spent": spent.after(before),
                 "items": [self._row(item) for item in self.items],
             },
             path,
-        )  # fmt: skip
+        )
         return path
 
     def _row(self, item: Item) -> dict[str, Any]:

@@ -60,10 +60,11 @@ class VlmJudge:
         if case.result_sha256 not in self._sizes:
             self._sizes[case.result_sha256] = case.result().size
         pictures = 2 if dimension.sees_source else 1
-        return pictures * self._picture_tokens(*self._sizes[case.result_sha256]) + len(fill(dimension, case)) // 4, _ANSWER_TOKENS
+        seen = pictures * self._picture_tokens(*self._sizes[case.result_sha256])
+        return seen + len(fill(dimension, case)) // 4, _ANSWER_TOKENS
 
     def rate(self, case: Case, dimension: Dimension) -> Rating:
-        """Ask, and ask again while the answer cannot be used. What was spent on answers of no use is in every outcome."""
+        """Ask, and ask again while the answer cannot be used. Every outcome says what all tries cost."""
         spent_in = spent_out = 0
         why = ""
         for _ in range(self.config.tries):

@@ -82,9 +82,7 @@ def test_other_models_or_settings_that_do_nothing_are_refused(url: str, flux_fol
         ({"timeout": 0}, "timeout = 0"),
     ):
         with pytest.raises(ConfigError, match=told):
-            methods.todo(
-                config.load(methods.GenerateConfig, words(tmp_path, flux_folder, service=url, **changes))
-            )
+            methods.todo(config.load(methods.GenerateConfig, words(tmp_path, flux_folder, service=url, **changes)))
 
 
 def test_what_is_no_editor_or_batches_is_refused(flux_folder: Path, tmp_path: Path) -> None:

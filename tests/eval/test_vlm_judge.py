@@ -301,6 +301,8 @@ def test_judge_dies_half_way_and_the_next_run_goes_on(wire: str, server: Server,
     before = len(server.asked)
     _, scores = ask_all(resumed, run)
     assert len(server.asked) - before == 15
+    assert (scores["spent"]["calls"], scores["spent"]["tokens_in"]) == (24, 24000)  # of both
+    assert scores["spent"]["dollars"] == pytest.approx(24 * (1000 * 1 + 50 * 10) / 1e6)
     values = [rating["score"] for item in scores["items"] for rating in item["ratings"].values()]
     assert len(values) == 24
     assert values.count(5) == 9
