@@ -124,7 +124,7 @@ def _editing(settings: GenerateConfig) -> Todo:
         from replan.eval.service import connect
 
         served = connect(settings, edit, planner)
-        made = Todo(served, chosen | served.about, settings.seed, exact, served.check, served.stop)
+        made = Todo(served, {**chosen, **served.about}, settings.seed, exact, served.check, served.stop)
         return _rephrasing(settings, made)
     editor = Editor.load(
         settings.backbone, planner, config=edit, runtime=settings.runtime, planner_config=settings.planning

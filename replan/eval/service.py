@@ -59,6 +59,7 @@ def connect(settings: GenerateConfig, edit: EditConfig, planner: str | None) -> 
     except ValidationError as error:
         raise ServiceError(f"service = {settings.service}: is no editor service of this version") from error
     _compare(about, settings, planner)
+    client.wait_ready(settings.timeout)
     models = {"backbone": about.model.get("backbone")} | ({} if planner is None else {"planner": planner})
     return Served(client, {"service": models})
 

@@ -19,6 +19,7 @@ from replan.eval.data import load_bench
 from replan.eval.generate import generate
 from replan.planner import PlannerConfig
 from replan.record import Setup
+from replan.serve.client import EditClient
 from replan.serve.limits import Limits
 from replan.serve.run import editor_app, running
 
@@ -101,6 +102,7 @@ def test_what_is_no_editor_or_batches_is_refused(flux_folder: Path, tmp_path: Pa
 
 def test_a_service_that_is_gone_ends_the_run(flux_folder: Path, tmp_path: Path) -> None:
     with running(editor_app(setup(flux_folder)), grace=0) as address:
+        EditClient(address).wait_ready(120)
         chosen = config.load(
             methods.GenerateConfig, words(tmp_path, flux_folder, service=address, timeout=0.5, workers=2)
         )
