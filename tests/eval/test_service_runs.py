@@ -35,6 +35,7 @@ def setup(flux_folder: Path, planner: str | None = None) -> Setup:
 @pytest.fixture(scope="module")
 def url(flux_folder: Path) -> Iterator[str]:
     with running(editor_app(setup(flux_folder), Limits(queue=2))) as address:  # so that some are told to come back
+        EditClient(address).wait_ready(300)  # transformers cannot load in two threads of a process at once
         yield address
 
 
