@@ -19,8 +19,8 @@ def share_line(share: float, steps: int) -> str:
         return f"Locality for none of {steps} steps: the background sees the regions from the start; changes may spill."
     if early == steps:
         return f"Locality for all {steps} steps: the background never sees what happens inside the boxes."
-    first = "step" if early == 1 else f"{early}"
-    return f"Locality for the first {first} of {steps}{' steps' * (early != 1)}: nothing spills; then edges blend with their surroundings."
+    first = "the first step" if early == 1 else f"the first {early}"
+    return f"Locality for {first} of {steps} steps: nothing spills; then edges blend with their surroundings."
 
 
 def matrix_value(

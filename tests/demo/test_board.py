@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,3 +143,23 @@ def test_a_preset_brings_its_other_settings() -> None:
     own = replace(OWN, pooled="main")
     assert mask_config(with_preset("direct", own), (5,), own, 0.1).pooled == "none"
     assert mask_config(with_preset("backbone", own), (5,), own, 0.1).pooled == "main"
+
+
+def test_a_history_of_large_pictures_is_short() -> None:
+    from replan.demo.boxes import NOTHING
+    from replan.demo.session import MOST_ENTRIES, Entry, Session
+
+    def entry(side: int) -> Entry:
+        picture = SimpleNamespace(width=side, height=side)
+        edit = SimpleNamespace(image=picture)
+        return Entry(picture, "a.png", "", "", None, NOTHING, PLAIN, Board(), (edit,))  # type: ignore[arg-type]
+
+    session = Session()
+    for _ in range(20):
+        session.remember(entry(96))
+    assert len(session.entries) == MOST_ENTRIES
+    session.remember(entry(7000))
+    session.remember(entry(7000))
+    assert len(session.entries) == 2
+    session.remember(entry(12_000))
+    assert len(session.entries) == 1  # the last one stays, whatever its size
