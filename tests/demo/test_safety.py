@@ -157,6 +157,21 @@ def test_it_listens_on_loopback_only(demo: Demo) -> None:
     assert hosts == {"0100007F"}
 
 
+def test_a_taken_port_is_a_users_mistake() -> None:
+    import socket
+
+    from replan.demo.serve import Place, running
+    from replan.demo.studio import Studio
+    from replan.errors import ConfigError
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .*--port"), running(Studio({}, {}, {}), Place(port=port)):
+            pass
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"), running(Studio({}, {}, {}), Place("192.0.2.1", 0)):
+        pass
+
+
 @pytest.mark.parametrize(
     ("name", "safe"),
     [
