@@ -16,8 +16,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 LONG = 600_000  # ms: on a busy machine
 
 
-def use(page: Page, address: str, example: int) -> None:
-    """Take an example, plan and edit it, then select its first region."""
+def use(page: Page, address: str, example: int, boundary: float) -> None:
+    """Take an example, plan and edit it, select its first region and put the boundary of before and after there."""
     page.goto(address)
     page.locator("#examples button").nth(example).click()
     page.wait_for_selector(".bx[data-empty=false]")
@@ -26,6 +26,7 @@ def use(page: Page, address: str, example: int) -> None:
     page.wait_for_selector(".vw[data-state=done]", timeout=LONG)
     page.wait_for_selector("#both:not([disabled])", timeout=LONG)
     page.locator(".bx-number").first.click()
+    page.locator(".vw-slide").fill(str(boundary))
     page.mouse.move(2, 2)
     page.wait_for_timeout(1000)  # colours fade into each other
 
@@ -33,6 +34,7 @@ def use(page: Page, address: str, example: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--example", type=int, default=2, help="number in the gallery, from 0")
+    parser.add_argument("--boundary", type=float, default=17, help="where before ends and after begins, in percent")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=ASSETS / "demo.png")
     args = parser.parse_args()
@@ -44,7 +46,7 @@ def main() -> None:
         scheme = "dark" if args.dark else "light"
         page = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme=scheme)
         page.set_default_timeout(LONG)
-        use(page, address, args.example)
+        use(page, address, args.example, args.boundary)
         page.screenshot(path=args.output)
         browser.close()
 
