@@ -158,8 +158,9 @@ def test_a_history_of_large_pictures_is_short() -> None:
     for _ in range(20):
         session.remember(entry(96))
     assert len(session.entries) == MOST_ENTRIES
-    session.remember(entry(7000))
-    session.remember(entry(7000))
-    assert len(session.entries) == 2
+    session.remember(entry(8000))
+    assert len(session.entries) == MOST_ENTRIES
+    session.remember(entry(8000))
+    assert len(session.entries) == 1
     session.remember(entry(12_000))
     assert len(session.entries) == 1  # the last one stays, whatever its size
