@@ -140,9 +140,7 @@ def _best(todo: Sequence[int | None], runs: _Runs) -> tuple[int, int, int, int]:
 
     A row counts with the square of the share of its own unfinished keys, so that rows get done in one piece.
     """
-    weights = [
-        length / runs.total(row) ** 2 if row else 0.0 for row, length in zip(todo, runs.lengths, strict=False)
-    ]
+    weights = [length / runs.total(row) ** 2 if row else 0.0 for row, length in zip(todo, runs.lengths, strict=False)]
     best, found = 0.0, (0, 0, 0, 0)
     for first, start in enumerate(todo):
         if not start:
