@@ -21,6 +21,7 @@ OFFLOADS = ("none", "stages", "model", "sequential", "group")
 EXECUTORS = ("auto", "dense", "flex", "cascade")
 QUANTIZERS = ("int8", "fp8", "nf4", "bnb-int8")
 GGUF = ".gguf"
+GRAPHS = 64  # compiled forms of a block: kinds of step, guidance, candidates, sizes of pictures; torch gives up after 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,17 @@ def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Seq
     if runtime.vae_tiling:
         pipe.vae.enable_tiling()
     if runtime.compile:  # before the offload hooks, which wrap the compiled blocks
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        _compile(pipe.transformer)
     _place(pipe, runtime.offload, device)
     return pipe
+
+
+def _compile(transformer: Any) -> None:
+    """Compile the blocks. A plan is data to them; what makes another graph is another number of tokens or pictures."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def guard(what: str, load: Callable[[], Any]) -> Any:
