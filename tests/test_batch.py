@@ -231,7 +231,7 @@ def test_plan_files_and_objects(tmp_path: Path, setup: Setup) -> None:
         ('{"image": 3, "instruction": "x"}', "image: 3 should be a text"),
         ('{"image": "a.png", "instruction": "x", "seed": "1"}', "seed: '1' should be a whole number"),
         ('{"image": "a.png", "instruction": "x", "seed": true}', "seed: True should be a whole number"),
-        ('{"image": "a.png", "plan": [1]}', "plan: [1] should be a object or text"),
+        ('{"image": "a.png", "plan": [1]}', "plan: [1] should be an object or a text"),
         ('{"image": "a.png", "plan": "gone.json"}', "plan: there is no file"),
         ('{"image": "a.png", "instruktion": "x"}', "instruktion: unknown (did you mean instruction?)"),
         ('{"image": "a.png", "instruction": "x", "id": "../up"}', "id: '../up' becomes a file name"),

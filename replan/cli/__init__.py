@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from replan.cli import bench, demo, doctor, edit, evaluate, mini, plan, serve, session, train
 from replan.cli.failures import reported
+from replan.cli.page import Page, Pages
 
 HELP = """Edit pictures by instruction: plan first, then edit each region by its own hint.
 
@@ -19,7 +19,7 @@ Exit codes: 0 done, 1 our failure, 2 a mistake in the command or its files, 130 
 """
 
 
-class Verbs(TyperGroup):
+class Verbs(Pages):
     """Turns the errors of every verb into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -55,7 +55,7 @@ def top(
 
 
 for verb in (plan.plan, plan.mask, edit.edit, session.session, demo.demo, doctor.doctor):
-    app.command(help=verb.__doc__)(verb)
+    app.command(cls=Page, help=verb.__doc__)(verb)
 app.add_typer(bench.bench, name="bench")
 app.add_typer(evaluate.evaluate, name="eval")
 app.add_typer(mini.mini, name="mini")
@@ -65,4 +65,4 @@ app.add_typer(serve.serve, name="serve")
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="replan")

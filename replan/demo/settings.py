@@ -86,7 +86,7 @@ def command(name: str, instruction: str, settings: Settings, wanted: EditConfig,
     else:
         words += _changed("--isolate", wanted.mask.isolate, own.mask.isolate)
     if wanted.keep_background != own.keep_background:
-        words.append("--keep-background" if wanted.keep_background else "--no-keep-background")
+        words.append("--keep-background" if wanted.keep_background else "keep_background=false")
     if settings.candidates > 1:
         words += ["--candidates", str(settings.candidates), "-o", "edited"]
     else:
