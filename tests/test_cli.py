@@ -448,6 +448,7 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
         ("edit --repeat out.json --also in.png", "--repeat and --also exclude each other"),
         ("edit in.png --plan plan.json --repeat out.json", "--repeat and --plan exclude each other"),
         ("mask in.png --plan gone.json", "gone.json: No such file"),
+        ("mask in.png --plan many.json", "25 regions: at most 19"),
         ("edit --batch gone.jsonl -o out", "gone.jsonl: cannot be read: No such file"),
         ("edit in.png x -o plan.json/out.png", "plan.json: is a file, not a folder"),
         ("edit in.png x -o /proc/no/out.png", "/proc/no"),
@@ -456,6 +457,8 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
 def test_mistakes_exit_2_with_a_line_and_no_traceback(sh: Shell, plan_file: Path, words: str, message: str) -> None:
     sh.write("empty.json", "")
     sh.write("broken.json", '{"size": [32')
+    one = plan.to_json(plan_for(picture()))
+    sh.write("many.json", one | {"regions": one["regions"] * 25})
     sh.write("other.json", plan.to_json(plan_for(picture(40, 40))))
     result = sh(*shlex.split(words), code=2)
     assert message in result.stderr

@@ -93,7 +93,9 @@ def mask(
     from replan.cli.edit import given_plan
     from replan.cli.outputs import targets
     from replan.draw import draw_matrix, draw_plan, matrix_table, stack
+    from replan.errors import PlanError
     from replan.images import load_image, save_image
+    from replan.record import PlanFileError
     from replan.rules import schedule
     from replan.types import Size
 
@@ -103,7 +105,10 @@ def mask(
     found = given_plan(plan, picture.size)
     (path,) = targets(output, f"{Path(image).stem}_mask.png", 1)
     grid = token_grid(setup.backbone, Size(*picture.size), setup.config)
-    phases = schedule(len(found.regions), setup.config.mask)
+    try:
+        phases = schedule(len(found.regions), setup.config.mask)
+    except PlanError as error:
+        raise PlanFileError(str(error)) from error  # a plan that was given is the user's to mend
     vision = "Qwen" in find(setup.backbone)[0].pipeline  # only Qwen's text encoder sees the picture
     drawn = draw_plan(picture, found, grid, setup.config.mask.expand)
     save_image(stack([drawn, draw_matrix(phases, vision=vision, width=drawn.width)]), path)
