@@ -101,6 +101,8 @@ def run(
             request, key = _prepare(job, setup, seed)
             name = job.id or f"{_safe(job.image.stem)}-{key[:8]}"
             target = folder / f"{name}.png"
+            if target.resolve() == job.image:
+                raise ConfigError(f"{target}: is the picture to edit; give the job another id, or -o another folder")
             if _done(target, key):
                 yield Outcome(job, name, "skipped", target)
                 continue

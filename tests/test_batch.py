@@ -157,6 +157,15 @@ def test_a_picture_that_cannot_be_read_fails_alone(tmp_path: Path, jobs: list[Jo
     assert list((tmp_path / "out").glob("*.failed.json")) == []
 
 
+def test_the_source_is_never_overwritten(tmp_path: Path, setup: Setup) -> None:
+    picture().save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    outcomes, made = go(jobs_of(tmp_path, [{"image": "a.png", "instruction": "red", "id": "a"}]), tmp_path, setup)
+    assert (statuses(outcomes), made) == (["failed"], 0)
+    assert "is the picture to edit" in str(outcomes[0].error)
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 def test_strict_planning_failures_fail_alone(tmp_path: Path, setup: Setup) -> None:
     picture().save(tmp_path / "a.png")
     jobs = jobs_of(tmp_path, [{"image": "a.png", "instruction": text} for text in ("nonsense", "outage", "fine")])

@@ -431,6 +431,7 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
         ("edit in.png x y", "'y': a setting is written key=value"),
         ("edit in.png x step=2", "step: unknown (did you mean steps?)"),
         ("edit in.png x mask.expnd=2", "mask.expnd: unknown (did you mean mask.expand?)"),
+        ("edit in.png x -o ./in.png", "in.png: is the picture to edit"),
         ("edit in.png x --steps 0", "steps = 0: must be a whole number, 1 or more"),
         ("edit in.png x --expand -1", "expand = -1.0: must be 0 or more"),
         ("edit in.png x --isolate 2", "isolate = 2.0: is a share of the steps"),

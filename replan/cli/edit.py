@@ -120,6 +120,9 @@ def _single(image: Path, instruction: str, plan: Path | None, asked: Request, fl
     found = None if plan is None else given_plan(plan, picture.size)
     extra = tuple(load_image(path) for path in asked.also)
     paths = targets(asked.output, f"{image.stem}_edited.png", asked.count)
+    for path in paths:
+        if path.resolve() == image.resolve():
+            raise ConfigError(f"{path}: is the picture to edit; nothing could repeat the edit without it, name another")
     request = EditRequest(picture, instruction, asked.seed, found, extra)
     edits = make(setup.open(), request, setup, asked.count)
     save(edits, setup, [image, *asked.also], paths)
