@@ -48,7 +48,7 @@ def unpack(case: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_equals_the_published_engine(case: dict[str, Any]) -> None:
+def test_vectors_of_the_published_engine(case: dict[str, Any]) -> None:
     grid = Grid(*case["grid"])
     layout = TokenLayout(case["image_prompt_tokens"], case["main_tokens"], tuple(case["hint_tokens"]), grid, (grid,))
     config = MaskConfig(expand=0.0, isolate=0.0, mutual=case["mutual"], symmetric=case["symmetric"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replan.errors import BackboneError, ConfigError
+from replan.hub import absent, unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,7 @@ EXECUTORS = ("auto", "dense", "flex", "cascade")
 QUANTIZERS = ("int8", "fp8", "nf4", "bnb-int8")
 GGUF = ".gguf"
 GRAPHS = 64  # compiled forms of a block: kinds of step, guidance, candidates, sizes of pictures; torch gives up after 8
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # of a model on the hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Seq
     device, dtype = runtime.torch_device(), runtime.torch_dtype()
     if runtime.offload in ("stages", "model", "sequential") and device.type == "cpu":
         raise ConfigError(f"offload = {runtime.offload}: needs an accelerator; on a CPU use none")
+    for source in runtime.lora:
+        _check_lora(source)
     extra: dict[str, Any] = dict(parts)
     if runtime.quantize is not None and runtime.quantize.endswith(GGUF):
         extra["transformer"] = _gguf(kind, weights, runtime.quantize, dtype)
@@ -122,6 +127,8 @@ def guard(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        if unreachable(error):
+            raise BackboneError(absent(what)) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(f"{what}: cannot be loaded ({type(error).__name__}: {reason[0]})") from error
 
@@ -197,6 +204,14 @@ def _load_loras(pipe: Any, loras: Sequence[str]) -> None:
         )
     if len(loras) > 1:
         pipe.set_adapters([f"lora{number}" for number in range(len(loras))])
+
+
+def _check_lora(source: str) -> None:
+    """Raise ConfigError for what is neither a file, a folder nor a hub id, before anything large is loaded."""
+    folder, _ = _lora_parts(source)
+    may_be_an_id = _ID.fullmatch(folder) and not folder.endswith(".safetensors")
+    if not may_be_an_id and not Path(folder).exists():
+        raise ConfigError(f"lora {source}: there is no such file or folder; or give a hub id, owner/name[:file]")
 
 
 def _lora_parts(source: str) -> tuple[str, str | None]:

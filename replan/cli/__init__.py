@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from replan.cli.failures import reported
+from replan.cli.page import Page, Pages
 
 # verb: its module here; the function or group in it bears the name of the verb, or of the module
 VERBS = {
@@ -28,7 +28,7 @@ Exit codes: 0 done, 1 our failure, 2 a mistake in the command or its files, 130 
 """
 
 
-class Verbs(TyperGroup):
+class Verbs(Pages):
     """Turns the errors of every verb into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -47,9 +47,11 @@ def build(verbs: Iterable[str] = tuple(VERBS)) -> typer.Typer:
         module: Any = importlib.import_module(f"replan.cli.{VERBS[verb]}")
         found = getattr(module, verb if hasattr(module, verb) else VERBS[verb])
         if isinstance(found, typer.Typer):
-            made.add_typer(found, name=verb)
+            for command in found.registered_commands:
+                command.cls = Page
+            made.add_typer(found, name=verb, cls=Pages)
         else:
-            made.command(name=verb, help=found.__doc__)(found)
+            made.command(name=verb, cls=Page, help=found.__doc__)(found)
     return made
 
 
@@ -83,4 +85,4 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """The console script."""
     first = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    build([first] if first in VERBS else VERBS)()
+    build([first] if first in VERBS else VERBS)(prog_name="replan")

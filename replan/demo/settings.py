@@ -90,7 +90,7 @@ def command(
     if not wanted.mask.rules:
         options += _changed("--isolate", wanted.mask.isolate, own.mask.isolate)
     if wanted.keep_background != own.keep_background:
-        options.append("--keep-background" if wanted.keep_background else "--no-keep-background")
+        options.append("--keep-background" if wanted.keep_background else "keep_background=false")
     options += runtime
     options += ["--candidates", str(settings.candidates)] if settings.candidates > 1 else []
     options += ["-o", "edited" if settings.candidates > 1 else "edited.png"]
