@@ -101,6 +101,8 @@ def run(
             request, key = _prepare(job, setup, seed)
             name = job.id or f"{_safe(job.image.stem)}-{key[:8]}"
             target = folder / f"{name}.png"
+            if target.resolve() == job.image:
+                raise ConfigError(f"{target}: is the picture to edit; give the job another id, or -o another folder")
             if _done(target, key):
                 yield Outcome(job, name, "skipped", target)
                 continue
@@ -165,10 +167,9 @@ def _check(given: Mapping[str, Any]) -> None:
     kinds: dict[str, tuple[type, ...]] = {"image": (str,), "instruction": (str,), "plan": (dict, str), "seed": (int,)}
     for name, allowed in kinds.items():
         if name in given and (not isinstance(given[name], allowed) or isinstance(given[name], bool)):
-            expected = " or ".join(
-                {"str": "text", "int": "whole number", "dict": "object"}[k.__name__] for k in allowed
-            )
-            raise ConfigError(f"{name}: {given[name]!r} should be a {expected}")
+            words = {"str": "a text", "int": "a whole number", "dict": "an object"}
+            expected = " or ".join(words[kind.__name__] for kind in allowed)
+            raise ConfigError(f"{name}: {given[name]!r} should be {expected}")
     if "image" not in given:
         raise ConfigError("image: missing")
     if not given.get("instruction", "").strip() and "plan" not in given:

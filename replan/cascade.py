@@ -7,6 +7,7 @@ a query are merged by the log of their softmax sums, which is exact.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,12 +35,15 @@ class Tile:
 class CascadeMask:
     """The rectangles of a mask over `length` keys, for its first `rows` tokens as queries.
 
-    Tokens that nobody sees may be in no rectangle; their result is zero.
+    Tokens that nobody sees may be in no rectangle; their result is zero. `table` holds the rectangles once more, as
+    (row, end row, key, end key) in int64 on the CPU, filled up with zeros to a multiple of TILES: what is a tensor is
+    data to compiled code, and what is a number is compiled into it.
     """
 
     rows: int
     length: int
     tiles: tuple[Tile, ...]
+    table: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CascadeMask:
         """Itself: plain numbers, as good on any device; offload hooks ask for this."""
@@ -61,11 +65,12 @@ def plan_tiles(mask: RegionMask, rows: int, limit: int = TILES) -> CascadeMask |
         return None
     lengths = [stop - start for start, stop in zip(starts, [*starts[1:], mask.length], strict=True)]
     todo = [table[query] if seen[query] else None for query in range(queries)]  # None: free, nobody sees this token
+    runs = _Runs(lengths)
     found: list[tuple[int, int, int, int]] = []
     while any(todo):
         if len(found) == limit:
             return None
-        first, last, left, right = _best(todo, lengths)
+        first, last, left, right = _best(todo, runs)
         found.append((first, last, left, right))
         covered = (1 << right) - (1 << left)
         todo = [row & ~covered if row is not None and first <= query < last else row for query, row in enumerate(todo)]
@@ -73,7 +78,21 @@ def plan_tiles(mask: RegionMask, rows: int, limit: int = TILES) -> CascadeMask |
     tiles = [
         Tile((edges[first], min(edges[last], rows)), (edges[left], edges[right])) for first, last, left, right in found
     ]
-    return CascadeMask(rows, mask.length, tuple(_pieces(tiles)))
+    return CascadeMask(rows, mask.length, tuple(_pieces(tiles)), _table(tiles))
+
+
+def _table(tiles: Sequence[Tile]) -> Tensor:
+    table = torch.zeros(max(-(-len(tiles) // TILES), 1) * TILES, 4, dtype=torch.int64)
+    table[: len(tiles)] = torch.tensor([(*tile.rows, *tile.keys) for tile in tiles], dtype=torch.int64).view(-1, 4)
+    return table
+
+
+@functools.lru_cache(maxsize=256)
+def _tiles(table: bytes) -> tuple[Tile, ...]:
+    """The rectangles of a table's bytes."""
+    numbers = memoryview(table).cast("q")
+    quads = (numbers[place : place + 4].tolist() for place in range(0, len(numbers), 4))
+    return tuple(_pieces([Tile((top, end), (left, right)) for top, end, left, right in quads if end]))
 
 
 def _runs(mask: RegionMask, rows: int) -> tuple[list[int], list[int], list[bool]]:
@@ -87,50 +106,60 @@ def _runs(mask: RegionMask, rows: int) -> tuple[list[int], list[int], list[bool]
     return starts, table, [member != 0 for member in members]
 
 
-def _best(todo: Sequence[int | None], lengths: Sequence[int]) -> tuple[int, int, int, int]:
+class _Runs:
+    """Runs of tokens by their lengths; bit fields stand for sets of them. The same few sets come again and again."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+        self.total = functools.cache(self._total)
+        self.widest = functools.cache(self._widest)
+
+    def _total(self, row: int) -> int:
+        """Tokens in a set."""
+        return sum(self.lengths[key] for key in range(row.bit_length()) if row >> key & 1)
+
+    def _widest(self, row: int) -> tuple[int, int, int]:
+        """(first run, end run, tokens) of the longest unbroken stretch of a set."""
+        return max(self._stretches(row), key=lambda stretch: stretch[2])
+
+    def _stretches(self, row: int) -> Iterator[tuple[int, int, int]]:
+        key = 0
+        while row >> key:
+            if row >> key & 1:
+                start, width = key, 0
+                while row >> key & 1:
+                    width += self.lengths[key]
+                    key += 1
+                yield start, key, width
+            else:
+                key += 1
+
+
+def _best(todo: Sequence[int | None], runs: _Runs) -> tuple[int, int, int, int]:
     """The rectangle (first row, end row, first key, end key) of unfinished pairs that finishes most rows.
 
     A row counts with the square of the share of its own unfinished keys, so that rows get done in one piece.
     """
-    totals = [0 if row is None else sum(lengths[key] for key in _bits(row)) for row in todo]
-    weights = [length / (total * total) if total else 0.0 for total, length in zip(totals, lengths, strict=False)]
+    weights = [length / runs.total(row) ** 2 if row else 0.0 for row, length in zip(todo, runs.lengths, strict=False)]
     best, found = 0.0, (0, 0, 0, 0)
     for first, start in enumerate(todo):
         if not start:
             continue
         common, weight = start, 0.0
-        left, right, width = 0, 0, -1
+        left, right, width = runs.widest(common)
         for last in range(first, len(todo)):
             row = todo[last]
             if row is None:
                 continue
-            if common & row != common or width < 0:
+            if common & row != common:
                 common &= row
                 if not common:
                     break
-                left, right, width = max(_segments(common, lengths), key=lambda segment: segment[2])
+                left, right, width = runs.widest(common)
             weight += weights[last]
             if weight * width * width > best:
                 best, found = weight * width * width, (first, last + 1, left, right)
     return found
-
-
-def _segments(row: int, lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first run, end run, tokens) of every unbroken stretch of runs in a bit field."""
-    key = 0
-    while row >> key:
-        if row >> key & 1:
-            start, width = key, 0
-            while row >> key & 1:
-                width += lengths[key]
-                key += 1
-            yield start, key, width
-        else:
-            key += 1
-
-
-def _bits(row: int) -> Iterator[int]:
-    return (key for key in range(row.bit_length()) if row >> key & 1)
 
 
 def _pieces(tiles: Sequence[Tile]) -> Iterator[Tile]:
@@ -152,7 +181,22 @@ def cascade(query: Tensor, key: Tensor, value: Tensor, plan: CascadeMask) -> Ten
     """Attention over [B, H, S, D]; the result [B, H, rows, D]. Differentiable where `differentiable` says so."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Cascade.apply(query, key, value, plan)  # type: ignore[return-value]
-    return _forward(query, key, value, plan)[0]
+    if torch.compiler.is_compiling():
+        return _opaque(query, key, value, plan.table).transpose(1, 2)
+    return _forward(query, key, value, plan.tiles)[0]
+
+
+@torch.library.custom_op("replan::cascade", mutates_args=())
+def _opaque(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    """Attention over [B, H, S, D] as [B, rows, H, D], for compiled code: one graph serves all plans."""
+    out = _forward(query, key, value, _tiles(table.numpy().tobytes()))[0]
+    return out.transpose(1, 2).contiguous()
+
+
+@_opaque.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    batch, heads, rows, width = query.shape
+    return query.new_empty(batch, rows, heads, width)
 
 
 def differentiable(device: torch.device) -> bool:
@@ -165,16 +209,16 @@ def runs_on(device: torch.device | str) -> bool:
     return torch.device(device).type in ("cpu", "cuda")
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, plan: CascadeMask) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor]:
     """Result [B, H, rows, D] and its log-sum-exp [B, H, rows], float32."""
     batch, heads, rows, width = query.shape
-    only = plan.tiles[0]
-    if len(plan.tiles) == 1 and only.rows == (0, rows):
+    only = tiles[0]
+    if len(tiles) == 1 and only.rows == (0, rows):
         return _call(query, key[:, :, slice(*only.keys)], value[:, :, slice(*only.keys)])
     # [B, S, H, D] in memory: the layout of the kernels' own results, and of the model's next layer
     out = query.new_zeros(batch, rows, heads, width).transpose(1, 2)
     lse = query.new_zeros(batch, rows, heads, dtype=torch.float32).transpose(1, 2)
-    for tile in plan.tiles:
+    for tile in tiles:
         (top, end), keys = tile.rows, slice(*tile.keys)
         part, part_lse = _call(query[:, :, top:end], key[:, :, keys], value[:, :, keys])
         for start, stop, merge in tile.pieces:
@@ -213,7 +257,7 @@ class _Cascade(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CascadeMask) -> Tensor:
-        out, lse = _forward(query, key, value, plan)
+        out, lse = _forward(query, key, value, plan.tiles)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan = plan
         return out

@@ -46,7 +46,11 @@ class Garbled(Unavailable):
 
 
 class Refused(ReplanError, RuntimeError):
-    """The model, or a filter before it, would not answer this question."""
+    """The model, or a filter before it, would not answer this question, which may have cost tokens all the same."""
+
+    def __init__(self, text: str, tokens_in: int = 0, tokens_out: int = 0) -> None:
+        super().__init__(text)
+        self.tokens_in, self.tokens_out = tokens_in, tokens_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,21 +267,16 @@ def _read_completion(completion: Any, model: str) -> Reply:
     reply, finish = getattr(first, "message", None), getattr(first, "finish_reason", None)
     if reply is None:
         raise Garbled("no choices in it")
+    usage = getattr(completion, "usage", None)
+    spent = (int(getattr(usage, "prompt_tokens", None) or 0), int(getattr(usage, "completion_tokens", None) or 0))
     if getattr(reply, "refusal", None):
-        raise Refused(f"refused: {reply.refusal}")
+        raise Refused(f"refused: {reply.refusal}", *spent)
     if finish == "content_filter":
-        raise Refused("refused: the content filter stopped the answer")
+        raise Refused("refused: the content filter stopped the answer", *spent)
     text = getattr(reply, "content", None) or ""
     if not isinstance(text, str):
         raise Garbled("its content is no text")
-    usage = getattr(completion, "usage", None)
-    return Reply(
-        text,
-        finish == "length",
-        str(getattr(completion, "model", None) or model),
-        int(getattr(usage, "prompt_tokens", None) or 0),
-        int(getattr(usage, "completion_tokens", None) or 0),
-    )
+    return Reply(text, finish == "length", str(getattr(completion, "model", None) or model), *spent)
 
 
 def _chat(url: str | None, key: str, model: str, timeout: float) -> tuple[ChatService, str]:
@@ -361,21 +360,23 @@ def _gemini_wait(error: Any) -> float | None:
 
 def _read_gemini(response: Any, model: str) -> Reply:
     """The answer in a generateContent response, without the model's thoughts (which are paid all the same)."""
+    usage = response.usage_metadata
+    spent = (
+        getattr(usage, "prompt_token_count", 0) or 0,
+        (getattr(usage, "candidates_token_count", 0) or 0) + (getattr(usage, "thoughts_token_count", 0) or 0),
+    )
     blocked = response.prompt_feedback.block_reason if response.prompt_feedback else None
     if blocked:
-        raise Refused(f"refused: the request was blocked ({blocked.value})")
+        raise Refused(f"refused: the request was blocked ({blocked.value})", *spent)
     if not response.candidates:
         raise Garbled("no candidates in it")
     first = response.candidates[0]
     finish = first.finish_reason.value if first.finish_reason else "STOP"
     if finish not in ("STOP", "MAX_TOKENS"):
-        raise Refused(f"refused: it stopped for {finish}")
+        raise Refused(f"refused: it stopped for {finish}", *spent)
     parts = (first.content.parts if first.content else None) or []
     text = "".join(part.text or "" for part in parts if not part.thought)
-    usage = response.usage_metadata
-    spent = (getattr(usage, "candidates_token_count", 0) or 0) + (getattr(usage, "thoughts_token_count", 0) or 0)
-    asked = getattr(usage, "prompt_token_count", 0) or 0
-    return Reply(text, finish == "MAX_TOKENS", response.model_version or model, asked, spent)
+    return Reply(text, finish == "MAX_TOKENS", response.model_version or model, *spent)
 
 
 def _gemini(kind: str, model: str, spec: str, timeout: float, base_url: str | None) -> GeminiService:

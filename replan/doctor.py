@@ -151,11 +151,14 @@ def _attention(torch: Any) -> Iterator[Check]:
 
 def _extras() -> Iterator[Check]:
     for extra in metadata_extras():
-        missing = [name for name, _ in requirements(extra) if installed(name) is None]
+        names = list(dict.fromkeys(name for name, _ in requirements(extra)))  # extras of extras may name one twice
+        missing = [name for name in names if installed(name) is None]
         if missing:
-            yield Check("extras", extra, "absent", f"missing: {', '.join(missing)}", f"pip install 'replan[{extra}]'")
+            where = "in an environment of its own: " if extra == "verl" else ""
+            fix = f"{where}pip install 'replan[{extra}]'"
+            yield Check("extras", extra, "absent", f"missing: {', '.join(missing)}", fix)
         else:
-            yield Check("extras", extra, "ok", ", ".join(name for name, _ in requirements(extra)))
+            yield Check("extras", extra, "ok", ", ".join(names))
 
 
 def _configs() -> Iterator[Check]:

@@ -9,6 +9,7 @@ A token q sees a token k iff reads[q] & member[k] != 0. Box geometry is exact in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -153,7 +154,7 @@ class RegionMask:
 
     def take(self, tokens: Tensor) -> RegionMask:
         """The mask of the sequence that has these tokens, in this order."""
-        return RegionMask(self.member_S[tokens], self.reads_S[tokens])
+        return RegionMask(self.member_S.index_select(0, tokens), self.reads_S.index_select(0, tokens))
 
     def pad(self, length: int) -> RegionMask:
         """Grown to `length` tokens at the end; the new ones are seen by nobody."""
@@ -193,9 +194,9 @@ def sort_tokens(layout: TokenLayout, mask: RegionMask, halo: int = 0) -> TokenOr
     bit = _bits(len(layout.hints))
     regions = sum(value for role, value in bit.items() if role.kind is RoleKind.NOISE_REGION)
     noise_P = mask.member_S[layout.noise_slice]
-    distance_P = _distance(noise_P & regions != 0, layout.noise)
+    distance_P = _distance(noise_P & regions != 0, layout.noise, halo)
     near_P = distance_P <= halo
-    count = -(-int(near_P.sum()) // GRAIN) * GRAIN if len(near_P) >= GRAIN * GRAIN else int(near_P.sum())
+    count = _grown(int(near_P.sum()), len(near_P))
     nearest = torch.argsort(distance_P, stable=True)[:count]
     inner_P = torch.zeros_like(near_P)
     inner_P[nearest] = True
@@ -211,16 +212,29 @@ def sort_tokens(layout: TokenLayout, mask: RegionMask, halo: int = 0) -> TokenOr
     return TokenOrder(*(place.int() for place in places), active=len(nearest))
 
 
-def _distance(inside_P: Tensor, grid: Grid) -> Tensor:
-    """Steps from each cell to the nearest inside cell, diagonals allowed [P]; 0 inside, large where there is none."""
-    far = grid.columns + grid.rows + 1
+def _grown(count: int, tokens: int) -> int:
+    """How many of `tokens` noise tokens become active where `count` must."""
+    return -(-count // GRAIN) * GRAIN if tokens >= GRAIN * GRAIN else count
+
+
+def _distance(inside_P: Tensor, grid: Grid, halo: int) -> Tensor:
+    """Steps from each cell to the nearest inside cell, diagonals allowed [P]; 0 inside, large where there is none.
+
+    Also large beyond the last cell that may become active: a plan must cost little beside a step.
+    """
     near = inside_P.view(1, 1, grid.rows, grid.columns).float()
-    distance = torch.where(near > 0, 0, far)
-    for step in range(1, max(grid) + 1):
-        if not (near == 0).any() or not near.any():
-            break
+    distance = torch.where(near > 0, 0, grid.columns + grid.rows + 1)
+    reached, step = int(near.sum()), 0
+    wanted = _grown(reached, near.numel())
+    while step < halo or reached < wanted:
+        step += 1
         near = torch.nn.functional.max_pool2d(near, 3, stride=1, padding=1)
-        distance = torch.where((near > 0) & (distance == far), step, distance)
+        distance = torch.where((near > 0) & (distance > step), step, distance)
+        before, reached = reached, int(near.sum())
+        if reached == before:  # everything, or nothing
+            break
+        if step <= halo:
+            wanted = _grown(reached, near.numel())
     return distance.view(-1)
 
 
@@ -321,8 +335,7 @@ def _cells(grid: Grid, boxes: Sequence[Box], size: Size, regions: Sequence[int],
 def _visibility(member_S: Tensor, rules: Rules) -> RegionMask:
     """Join token membership and rules: a token reads whatever any of its roles reads."""
     bit = _bits(sum(role.kind is RoleKind.HINT for role in rules))
-    reads_S = torch.zeros_like(member_S)
-    for query, keys in rules.items():
-        row = sum(bit[key] for key in keys)
-        reads_S |= torch.where(member_S & bit[query] != 0, row, 0)
-    return RegionMask(member_S, reads_S).hide(member_S == 0)
+    rows = [(bit[query], sum(bit[key] for key in keys)) for query, keys in rules.items()]
+    members, class_S = torch.unique(member_S, return_inverse=True)  # few, beside thousands of tokens
+    reads = [functools.reduce(int.__or__, (row for own, row in rows if member & own), 0) for member in members.tolist()]
+    return RegionMask(member_S, torch.tensor(reads, dtype=torch.int64)[class_S]).hide(member_S == 0)

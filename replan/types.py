@@ -61,6 +61,7 @@ class Box:
 
     def expand(self, ratio: float, size: Size) -> Box:
         """Move each side out by `ratio` of the box's own width or height, truncate to integers, clip to `size`."""
+        ratio = min(ratio, 1e9)  # covers any picture; a product that overflows would be no integer
         dx, dy = ratio * self.width, ratio * self.height
         return Box(int(self.left - dx), int(self.top - dy), int(self.right + dx), int(self.bottom + dy)).clip(size)
 

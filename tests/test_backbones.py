@@ -46,8 +46,10 @@ def picture(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
 
 
 def apart(one: Any, other: Any) -> float:
-    """The largest difference; nan counts."""
-    return float((one.double() - other.double()).abs().max())
+    """The largest difference; nan counts. `pytest -rP` shows it."""
+    found = float((one.double() - other.double()).abs().max())
+    print(f"largest difference: {found}")
+    return found
 
 
 def stock(kind: str, folder: Path, config: EditConfig, *, lora: Path | None = None, **arguments: Any) -> Any:
@@ -276,6 +278,20 @@ def test_what_cannot_be_loaded_is_named(flux_folder: Path, tmp_path: Path) -> No
         load_backbone(str(tmp_path), CPU)
     with pytest.raises(BackboneError, match="LoRA"):
         load_backbone(str(flux_folder), replace(CPU, lora=(str(tmp_path),)))
+    for gone in (str(tmp_path / "no.safetensors"), "runs/no.safetensors", "nowhere", "./a/b"):
+        with pytest.raises(ConfigError, match="there is no such file or folder"):
+            load_backbone(str(flux_folder), replace(CPU, lora=(gone,)))
+
+
+def test_without_the_hub_it_is_said_shortly(flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = r"^model owner/none: is not on this machine, and the hub cannot be reached; name a folder"
+    with pytest.raises(BackboneError, match=told):
+        find("owner/none")
+    with pytest.raises(BackboneError, match=r"^model black-forest.*hub cannot be reached"):
+        load_backbone("flux-kontext", CPU)
+    with pytest.raises(BackboneError, match=r"^LoRA owner/none: .*hub cannot be reached"):
+        load_backbone(str(flux_folder), replace(CPU, lora=("owner/none",)))
 
 
 def test_runtimes_that_cannot_be(flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

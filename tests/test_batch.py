@@ -157,6 +157,15 @@ def test_a_picture_that_cannot_be_read_fails_alone(tmp_path: Path, jobs: list[Jo
     assert list((tmp_path / "out").glob("*.failed.json")) == []
 
 
+def test_the_source_is_never_overwritten(tmp_path: Path, setup: Setup) -> None:
+    picture().save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    outcomes, made = go(jobs_of(tmp_path, [{"image": "a.png", "instruction": "red", "id": "a"}]), tmp_path, setup)
+    assert (statuses(outcomes), made) == (["failed"], 0)
+    assert "is the picture to edit" in str(outcomes[0].error)
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 def test_strict_planning_failures_fail_alone(tmp_path: Path, setup: Setup) -> None:
     picture().save(tmp_path / "a.png")
     jobs = jobs_of(tmp_path, [{"image": "a.png", "instruction": text} for text in ("nonsense", "outage", "fine")])
@@ -231,7 +240,7 @@ def test_plan_files_and_objects(tmp_path: Path, setup: Setup) -> None:
         ('{"image": 3, "instruction": "x"}', "image: 3 should be a text"),
         ('{"image": "a.png", "instruction": "x", "seed": "1"}', "seed: '1' should be a whole number"),
         ('{"image": "a.png", "instruction": "x", "seed": true}', "seed: True should be a whole number"),
-        ('{"image": "a.png", "plan": [1]}', "plan: [1] should be a object or text"),
+        ('{"image": "a.png", "plan": [1]}', "plan: [1] should be an object or a text"),
         ('{"image": "a.png", "plan": "gone.json"}', "plan: there is no file"),
         ('{"image": "a.png", "instruktion": "x"}', "instruktion: unknown (did you mean instruction?)"),
         ('{"image": "a.png", "instruction": "x", "id": "../up"}', "id: '../up' becomes a file name"),

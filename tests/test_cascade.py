@@ -149,3 +149,24 @@ def test_equals_dense_on_cuda(dtype: torch.dtype) -> None:
         dense = attend(query[:, :cached], key, value, mask, "dense")[:, seen]
         got = attend(query[:, :cached], key, value, mask, "cascade")[:, seen]
         assert relative(got.float(), dense.float()) <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_plan_and_agrees() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=False)
+    found = set()
+    for seed in range(20):
+        rng = random.Random(seed)
+        layout = TokenLayout(0, 6, (4,) * 2, Grid(8, 6), (Grid(8, 6),))
+        planned = phases(layout, boxes(2, rng), SIZE, PLAIN)
+        mask = planned[0][1].take(sort_tokens(layout, planned[0][1]).joint_S)
+        query, key, value = (normal(1, mask.length, 2, 8, seed=seed + number) for number in range(3))
+        plan = prepare(mask, "cascade", "cpu")
+        assert isinstance(plan, CascadeMask)
+        found.add(len(plan.tiles))
+        assert relative(compiled(query, key, value, plan), attend(query, key, value, mask, "dense")) <= 1e-5
+    assert len(found) > 1
+    assert counter.frame_count == 1

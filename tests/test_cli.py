@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,11 +75,17 @@ def plan_file(sh: Shell) -> Path:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_is_a_page(verb: str) -> None:
-    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "100"})
+def test_help_is_a_page(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    result = CliRunner().invoke(app, [verb, "--help"])
     assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) > 8
+    lines = result.stdout.splitlines()
+    assert len(lines) > 8
     assert "[bold]" not in result.stdout
+    assert "<bool>" not in result.stdout  # a switch takes no value
+    commands = [line.strip() for line in lines if line.startswith("   ") and line.strip()]
+    # an example that is broken over two lines goes on with other words
+    assert all(line.startswith("replan ") for line in commands)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -182,7 +189,8 @@ def test_layers_of_settings(sh: Shell) -> None:
     rules = sh.write("rules.yaml", "main: all\n")
     sh("edit", "in.png", "x", "steps=4", "guidance=4.0", "--config", file, "--steps", 5, "--expand", 0.5)
     sh("edit", "in.png", "x", "--config", file)
-    sh("edit", "in.png", "x", "--rules", rules, "--isolate", 0.25, "--keep-background", "--negative-prompt", "true")
+    words = ("--rules", rules, "--isolate", 0.25, "--keep-background", "--negative-prompt", "true", "true_cfg=2")
+    sh("edit", "in.png", "x", *words)
     sh("edit", "in.png", "x")
     first, second, third, plain = (setup.config for setup in sh.setups)
     assert (first.steps, first.guidance, first.negative_prompt, first.mask.expand) == (5, 4.0, "file", 0.5)
@@ -190,6 +198,16 @@ def test_layers_of_settings(sh: Shell) -> None:
     assert sh.setups[1].planner_config.frame == "original"
     assert (third.mask.isolate, third.keep_background, third.negative_prompt) == (0.25, True, "true")
     assert third.mask.rules[0].rows == ("main: all",)
+
+
+def test_a_mini_editor_in_a_folder_goes_with_the_mini_planner(sh: Shell) -> None:
+    folder = sh.folder / "editor"
+    folder.mkdir()
+    sh.write("editor/model_index.json", {"_class_name": "FluxKontextPipeline"})
+    sh("edit", "in.png", "x", "-b", folder)
+    sh.write("editor/replan.yaml", "config: edit/mini\n")
+    sh("edit", "in.png", "x", "-b", folder)
+    assert [setup.planner for setup in sh.setups] == ["TainU/RePlan-Qwen2.5-VL-7B", "mini"]
 
 
 def test_guidance_means_what_the_backbone_uses(sh: Shell) -> None:
@@ -407,9 +425,13 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
         ("plan gone.png x", "gone.png: no such file"),
         ("edit", "edit needs a picture and an instruction"),
         ("edit in.png", "edit needs a picture and an instruction"),
+        ("edit in.png ''", "the instruction is empty"),
+        ("plan in.png ' '", "the instruction is empty"),
+        ("edit in.png x --negative-prompt blur", "--negative-prompt: has no effect without true CFG; add true_cfg=2.0"),
         ("edit in.png x y", "'y': a setting is written key=value"),
         ("edit in.png x step=2", "step: unknown (did you mean steps?)"),
         ("edit in.png x mask.expnd=2", "mask.expnd: unknown (did you mean mask.expand?)"),
+        ("edit in.png x -o ./in.png", "in.png: is the picture to edit"),
         ("edit in.png x --steps 0", "steps = 0: must be a whole number, 1 or more"),
         ("edit in.png x --expand -1", "expand = -1.0: must be 0 or more"),
         ("edit in.png x --isolate 2", "isolate = 2.0: is a share of the steps"),
@@ -427,6 +449,7 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
         ("edit --repeat out.json --also in.png", "--repeat and --also exclude each other"),
         ("edit in.png --plan plan.json --repeat out.json", "--repeat and --plan exclude each other"),
         ("mask in.png --plan gone.json", "gone.json: No such file"),
+        ("mask in.png --plan many.json", "25 regions: at most 19"),
         ("edit --batch gone.jsonl -o out", "gone.jsonl: cannot be read: No such file"),
         ("edit in.png x -o plan.json/out.png", "plan.json: is a file, not a folder"),
         ("edit in.png x -o /proc/no/out.png", "/proc/no"),
@@ -435,8 +458,10 @@ def test_doctor_in_words_and_json(sh: Shell) -> None:
 def test_mistakes_exit_2_with_a_line_and_no_traceback(sh: Shell, plan_file: Path, words: str, message: str) -> None:
     sh.write("empty.json", "")
     sh.write("broken.json", '{"size": [32')
+    one = plan.to_json(plan_for(picture()))
+    sh.write("many.json", one | {"regions": one["regions"] * 25})
     sh.write("other.json", plan.to_json(plan_for(picture(40, 40))))
-    result = sh(*words.split(), code=2)
+    result = sh(*shlex.split(words), code=2)
     assert message in result.stderr
     assert result.stdout == ""
     assert sh.backbone.requests == []

@@ -45,6 +45,9 @@ def test_help_imports_nothing_heavy(verb: str) -> None:
     assert "typer" in found
     assert found & LIGHT == set()
     assert len(found) < 500
+    assert {name for name in found if name.startswith("replan.cli.")} <= {
+        f"replan.cli.{name}" for name in (verb, "console", "failures", "options", "page")
+    }  # no other verb
 
 
 def test_an_edit_of_the_mini_models_imports_nothing_it_does_not_need(tmp_path: Path) -> None:

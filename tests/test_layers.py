@@ -32,7 +32,7 @@ LAYERS = (
     ("attention", "cascade"),
     (
         *("chat", "draw", "background", "mask", "denoise", "plan", "regions", "rules", "presets", "speed", "images"),
-        *("config", "mini"),
+        *("config", "hub", "mini"),
     ),
     ("types", "errors"),
 )

@@ -37,6 +37,10 @@ CASES = json.loads(VECTORS.read_text())
 PLAIN = MaskConfig(expand=0.0, isolate=0.0)
 
 
+def test_a_box_grown_beyond_all_measure_is_the_picture() -> None:
+    assert Box(4, 4, 8, 8).expand(1e308, Size(32, 16)) == Box(0, 0, 32, 16)
+
+
 def unpack(case: dict[str, Any]) -> torch.Tensor:
     length = case["length"]
     bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(case["mask"])), np.uint8))
@@ -44,7 +48,7 @@ def unpack(case: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_equals_the_published_engine(case: dict[str, Any]) -> None:
+def test_vectors_of_the_published_engine(case: dict[str, Any]) -> None:
     grid = Grid(*case["grid"])
     layout = TokenLayout(case["image_prompt_tokens"], case["main_tokens"], tuple(case["hint_tokens"]), grid, (grid,))
     config = MaskConfig(expand=0.0, isolate=0.0, mutual=case["mutual"], symmetric=case["symmetric"])

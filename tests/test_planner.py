@@ -323,6 +323,12 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         assert "Name a folder" in str(caught.value)
 
 
+def test_without_the_hub_it_is_said_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PlannerError, match=r"^planner owner/none: .*hub cannot be reached"):
+        load_planner("owner/none", PlannerConfig(), "cpu")
+
+
 def test_damaged_weights_say_so(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = make_planner(tmp_path / "damaged")
     (folder / "model.safetensors").write_bytes(b"\0" * 100)

@@ -54,6 +54,18 @@ def test_tiling_is_off_unless_asked_for(flux_folder: Path) -> None:
     assert (tiled.pipe.vae.use_tiling, plain.pipe.vae.use_tiling) == (True, False)
 
 
+def test_compiled_blocks_may_take_many_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives up after 8, and a full graph that may not be made is an error in the middle of an edit."""
+    import torch._dynamo
+
+    from replan.backbones.runtime import GRAPHS, _compile
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    asked: dict[str, Any] = {}
+    _compile(type("Transformer", (), {"compile_repeated_blocks": lambda self, **how: asked.update(how)})())
+    assert (torch._dynamo.config.recompile_limit, asked) == (GRAPHS, {"fullgraph": True})
+
+
 class Moves:
     """Weights that say where they were sent."""
 

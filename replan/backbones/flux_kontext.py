@@ -165,7 +165,10 @@ class FluxKontext:
             pads.append(count - true)
         if hints and config.mask.pooled != "main":
             texts = list(hints) if config.mask.pooled == "hints" else [""]
-            pooled = pipe._get_clip_prompt_embeds(texts, device=self._device).mean(dim=0, keepdim=True)
+            pooled = self.memo(
+                ("pooled", *texts),
+                lambda: pipe._get_clip_prompt_embeds(texts, device=self._device).mean(dim=0, keepdim=True),
+            )
         text = torch.cat(pieces, dim=1)
         ids = torch.zeros(text.shape[1], 3, device=self._device, dtype=pipe.text_encoder.dtype)
         return {"text": text, "pooled": pooled, "text_ids": ids}, tuple(counts), tuple(pads)

@@ -42,8 +42,7 @@ class InstructPix2Pix:
         """The edited picture at the source's size. Raises BackboneError when the weights cannot be loaded."""
         source = to_rgb(request.image)
         began = time.perf_counter()
-        if self._pipe is None:
-            self._pipe = guard(f"model {self.weights}", self._load)
+        self.load()
         loaded = time.perf_counter()
         size = fit_area(Size(*source.size), self.settings.max_area, 64)  # the U-Net halves the latent three times
         image: Image = self._pipe(
@@ -56,6 +55,11 @@ class InstructPix2Pix:
         ).images[0]
         timings = {"load": loaded - began, "sample": time.perf_counter() - loaded}
         return Edit(request, None, image.resize(source.size), (), timings)
+
+    def load(self) -> None:
+        """Load the weights, if they are not there yet. Raises BackboneError."""
+        if self._pipe is None:
+            self._pipe = guard(f"model {self.weights}", self._load)
 
     def _load(self) -> Any:
         """The pipeline with its published sampler, ancestral Euler, and without the filter that blackens pictures."""

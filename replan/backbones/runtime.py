@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replan.errors import BackboneError, ConfigError
+from replan.hub import absent, unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,8 @@ OFFLOADS = ("none", "stages", "model", "sequential", "group")
 EXECUTORS = ("auto", "dense", "flex", "cascade")
 QUANTIZERS = ("int8", "fp8", "nf4", "bnb-int8")
 GGUF = ".gguf"
+GRAPHS = 64  # compiled forms of a block: kinds of step, guidance, candidates, sizes of pictures; torch gives up after 8
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # of a model on the hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Seq
     device, dtype = runtime.torch_device(), runtime.torch_dtype()
     if runtime.offload in ("stages", "model", "sequential") and device.type == "cpu":
         raise ConfigError(f"offload = {runtime.offload}: needs an accelerator; on a CPU use none")
+    for source in runtime.lora:
+        _check_lora(source)
     extra: dict[str, Any] = dict(parts)
     if runtime.quantize is not None and runtime.quantize.endswith(GGUF):
         extra["transformer"] = _gguf(kind, weights, runtime.quantize, dtype)
@@ -103,9 +109,17 @@ def load_pipeline(kind: type[Any], weights: str, runtime: Runtime, encoders: Seq
     if runtime.vae_tiling:
         pipe.vae.enable_tiling()
     if runtime.compile:  # before the offload hooks, which wrap the compiled blocks
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        _compile(pipe.transformer)
     _place(pipe, runtime.offload, device)
     return pipe
+
+
+def _compile(transformer: Any) -> None:
+    """Compile the blocks. A plan is data to them; what makes another graph is another number of tokens or pictures."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def guard(what: str, load: Callable[[], Any]) -> Any:
@@ -113,6 +127,8 @@ def guard(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        if unreachable(error):
+            raise BackboneError(absent(what)) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(f"{what}: cannot be loaded ({type(error).__name__}: {reason[0]})") from error
 
@@ -188,6 +204,14 @@ def _load_loras(pipe: Any, loras: Sequence[str]) -> None:
         )
     if len(loras) > 1:
         pipe.set_adapters([f"lora{number}" for number in range(len(loras))])
+
+
+def _check_lora(source: str) -> None:
+    """Raise ConfigError for what is neither a file, a folder nor a hub id, before anything large is loaded."""
+    folder, _ = _lora_parts(source)
+    may_be_an_id = _ID.fullmatch(folder) and not folder.endswith(".safetensors")
+    if not may_be_an_id and not Path(folder).exists():
+        raise ConfigError(f"lora {source}: there is no such file or folder; or give a hub id, owner/name[:file]")
 
 
 def _lora_parts(source: str) -> tuple[str, str | None]:

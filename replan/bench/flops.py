@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from replan.attention import FlexMask, Prepared
 from replan.bench.sizes import Shape
 from replan.cascade import CascadeMask
+from replan.speed import Kind
+
+if TYPE_CHECKING:
+    from replan.backbones.base import Conditioning
+    from replan.backbones.stepper import Stepper
+    from replan.bench.model import Bench
 
 
 def step_flops(shape: Shape, queries: int, pairs: int) -> float:
@@ -29,3 +35,11 @@ def computed_pairs(prepared: Prepared | None, queries: int, keys: int) -> int:
             visited += int(blocks.full_kv_num_blocks.sum())
         return visited * blocks.BLOCK_SIZE[0] * blocks.BLOCK_SIZE[1]
     return queries * keys
+
+
+def kind_flops(bench: Bench, stepper: Stepper, cond: Conditioning, kind: Kind) -> float:
+    """Arithmetic of one step of this kind, by the mask that it had."""
+    length, text, noise = cond.layout.length, cond.layout.text_length, bench.shape.tokens**2
+    queries = {"full": length, "cached": text + noise, "region": text + (stepper.active or 0)}[kind]
+    prepared = next((found for (_, own), found in stepper._positive.prepared.items() if own == kind), None)
+    return step_flops(bench.shape, queries, computed_pairs(prepared, queries, length))

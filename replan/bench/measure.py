@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -106,12 +106,13 @@ class Plan:
 def alternate(group: str, sides: Sequence[Side], plan: Plan) -> list[Row]:
     """Observe every side once, then time all of them in turn, round by round, each round beginning with another one."""
     runs: dict[str, Callable[[], Tensor]] = {}
+    sights: dict[str, Seen] = {}
     rows: dict[str, Row] = {}
     for side in sides:
         plan.say(f"{group}: {side.name}")
-        rows[side.name], run = _first(group, side, plan.device)
-        if run is not None:
-            runs[side.name] = run
+        rows[side.name], run, seen = _first(group, side, plan.device)
+        if run is not None and seen is not None:
+            runs[side.name], sights[side.name] = run, seen
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(plan.repeats):
@@ -124,6 +125,10 @@ def alternate(group: str, sides: Sequence[Side], plan: Plan) -> list[Row]:
         if side.name not in runs:
             continue
         row, own = rows[side.name], tuple(seconds[side.name])
+        problem = side.check(sights[side.name])  # once more: a timed run may have gone another way than the watched one
+        if problem is not None:
+            rows[side.name] = Row(group, side.name, kernels=row.kernels, problem=f"not measured: {problem}")
+            continue
         ratios = tuple(mine / theirs for mine, theirs in zip(own, base, strict=True)) if base else ()
         flops = None if side.flops is None else side.flops()
         rows[side.name] = Row(
@@ -132,7 +137,7 @@ def alternate(group: str, sides: Sequence[Side], plan: Plan) -> list[Row]:
     return list(rows.values())
 
 
-def _first(group: str, side: Side, device: torch.device) -> tuple[Row, Callable[[], Tensor] | None]:
+def _first(group: str, side: Side, device: torch.device) -> tuple[Row, Callable[[], Tensor] | None, Seen | None]:
     """The first, watched run: whether it did what its name says, its memory and its error."""
     try:
         with torch.no_grad():
@@ -142,11 +147,12 @@ def _first(group: str, side: Side, device: torch.device) -> tuple[Row, Callable[
             error = None if side.error is None else side.error(seen.output)
     except (ReplanError, RuntimeError, ValueError, NotImplementedError, ImportError) as failure:
         first = (str(failure).strip().splitlines() or [""])[0]
-        return Row(group, side.name, problem=f"failed: {type(failure).__name__}: {first[:200]}"), None
+        return Row(group, side.name, problem=f"failed: {type(failure).__name__}: {first[:200]}"), None, None
     kernels = dict(seen.kernels)
     if problem is not None:
-        return Row(group, side.name, kernels=kernels, problem=f"not measured: {problem}"), None
-    return Row(group, side.name, peak_bytes=seen.peak, error=error, kernels=kernels), run
+        return Row(group, side.name, kernels=kernels, problem=f"not measured: {problem}"), None, None
+    row = Row(group, side.name, peak_bytes=seen.peak, error=error, kernels=kernels)
+    return row, run, replace(seen, output=seen.output.new_empty(0))
 
 
 def relative(output: Tensor, oracle: Tensor) -> float:

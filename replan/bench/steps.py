@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from replan.backbones.base import Conditioning
 from replan.backbones.stepper import Query, Stepper
-from replan.bench.flops import computed_pairs, step_flops
+from replan.bench.flops import kind_flops, step_flops
 from replan.bench.measure import Plan, Row, Side, alternate, relative
 from replan.bench.model import Bench, Scene
 from replan.bench.watch import Seen
@@ -59,7 +59,12 @@ def _stock(bench: Bench) -> Side:
             f"ran with a mask: {masked + sorted(made.stepper.executors)}" if masked or made.stepper.executors else None
         )
 
-    return Side(STOCK, prepare, flops, check, more=lambda: {"tokens": made.cond.layout.length if made.cond else 0})
+    def error(output: Tensor) -> float:
+        """Against a dense mask that hides nothing."""
+        cond, length = bench.conditioning(Scene(0, 0.0)), bench.shape.main + 2 * bench.shape.tokens**2
+        return relative(output, _dense_run(bench, cond, torch.ones(1, 1, length, length, dtype=torch.bool))())
+
+    return Side(STOCK, prepare, flops, check, error, lambda: {"tokens": made.cond.layout.length if made.cond else 0})
 
 
 def _masked(bench: Bench, scene: Scene, executor: str) -> Side:
@@ -79,7 +84,7 @@ def _masked(bench: Bench, scene: Scene, executor: str) -> Side:
         prepare,
         lambda: _flops(bench, made, "full"),
         lambda seen: _ran(made, executor, seen, bench.device),
-        None if executor == "dense" else error,
+        error,
         lambda: {} if compiled else {"not compiled": "no kernel of its own on this device"},
         operators=compiled,
     )
@@ -93,22 +98,11 @@ def _original(bench: Bench, scene: Scene) -> Side:
     def prepare() -> Callable[[], Tensor]:
         cond = bench.conditioning(scene, hint=shape.padded)
         made.cond = cond
-        noise, sigma = bench.noise(), cond.sigmas[0]
-        mask = cond.mask(float(sigma))
+        mask = cond.mask(float(cond.sigmas[0]))
         assert mask is not None
         dense = mask.to(bench.device).dense()[None, None].expand(1, heads, -1, -1).contiguous()
         made.notes["mask_bytes"] = dense.numel()
-        hidden = torch.cat([noise, cond.tensors["reference"]], dim=1)
-        text_T, image_Q = (
-            torch.arange(count, device=bench.device) for count in (cond.layout.text_length, hidden.shape[1])
-        )
-
-        def run() -> Tensor:
-            with region_attention(bench.transformer), bench.transformer.cache_context("cond"):
-                query = Query(hidden, cond.tensors["text"], noise.shape[1], text_T, image_Q, Step(dense))
-                return bench.backbone._forward(query, sigma, cond)[:, : noise.shape[1]]
-
-        return run
+        return _dense_run(bench, cond, dense)
 
     def flops() -> float:
         assert made.cond is not None
@@ -124,6 +118,20 @@ def _original(bench: Bench, scene: Scene) -> Side:
 
     name = f"the original's form: hints of {shape.padded}, mask [1, {heads}, N, N]"
     return Side(name, prepare, flops, check, error, lambda: made.notes)
+
+
+def _dense_run(bench: Bench, cond: Conditioning, dense: Tensor) -> Callable[[], Tensor]:
+    """The first step over tokens in the model's own order, with a bool mask [1, 1 or H, N, N]."""
+    noise, dense = bench.noise(), dense.to(bench.device)
+    hidden = torch.cat([noise, cond.tensors["reference"]], dim=1)
+    text_T, image_Q = (torch.arange(count, device=bench.device) for count in (cond.layout.text_length, hidden.shape[1]))
+
+    def run() -> Tensor:
+        with region_attention(bench.transformer), bench.transformer.cache_context("cond"):
+            query = Query(hidden, cond.tensors["text"], noise.shape[1], text_T, image_Q, Step(dense))
+            return bench.backbone._forward(query, cond.sigmas[0], cond)[:, : noise.shape[1]]
+
+    return run
 
 
 def _reusing(bench: Bench, scene: Scene, speed: SpeedConfig, kind: Kind) -> Side:
@@ -148,7 +156,9 @@ def _reusing(bench: Bench, scene: Scene, speed: SpeedConfig, kind: Kind) -> Side
     def check(seen: Seen) -> str | None:
         assert made.stepper is not None
         ran = made.stepper.taken[-1]
-        return None if ran == kind else f"a {ran} step ran"
+        if ran != kind:
+            return f"a {ran} step ran"
+        return _unmasked(seen) if made.stepper.executors == {"cascade"} else None
 
     name = "cached step (reference reused)" if kind == "cached" else "region step (background reused)"
     return Side(name, prepare, lambda: _flops(bench, made, kind), check, error, lambda: {**made.notes, **_ways(made)})
@@ -174,19 +184,18 @@ def _ran(made: Made, executor: str, seen: Seen, device: torch.device) -> str | N
     assert made.stepper is not None
     if made.stepper.executors != {executor}:
         return f"{sorted(made.stepper.executors)} ran"
-    kernels: Sequence[str] = list(seen.kernels)
-    if executor == "cascade" and any("mask" in name or "math" in name for name in kernels):
-        return f"a masked or unfused kernel ran: {kernels}"
-    if executor == "flex" and device.type == "cuda" and "flex_attention" not in kernels:
-        return f"no compiled FlexAttention kernel ran: {kernels}"
-    return None
+    if executor == "flex" and device.type == "cuda" and "flex_attention" not in seen.kernels:
+        return f"no compiled FlexAttention kernel ran: {list(seen.kernels)}"
+    return _unmasked(seen) if executor == "cascade" else None
+
+
+def _unmasked(seen: Seen) -> str | None:
+    """What ran that the cascade must not run."""
+    wrong = [name for name in seen.kernels if "mask" in name or "math" in name]
+    return f"a masked or unfused kernel ran: {wrong}" if wrong else None
 
 
 def _flops(bench: Bench, made: Made, kind: Kind) -> float:
-    stepper, cond = made.stepper, made.cond
-    assert stepper is not None
-    assert cond is not None
-    length, text, noise = cond.layout.length, cond.layout.text_length, bench.shape.tokens**2
-    queries = {"full": length, "cached": text + noise, "region": text + (stepper.active or 0)}[kind]
-    prepared = next((found for (_, own), found in stepper._positive.prepared.items() if own == kind), None)
-    return step_flops(bench.shape, queries, computed_pairs(prepared, queries, length))
+    assert made.stepper is not None
+    assert made.cond is not None
+    return kind_flops(bench, made.stepper, made.cond, kind)

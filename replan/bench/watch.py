@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def observe(run: Callable[[], Tensor], device: torch.device, *, operators: bool 
     """Run once and look: by the operators on a CPU (if they can be watched), by profiler and allocator on CUDA."""
     if device.type != "cuda":
         if not operators:
-            return Seen(run(), Counter(), None)
+            return _allocated(run)
         watch = _Watch()
         with watch:
             output = run()
@@ -46,6 +47,16 @@ def observe(run: Callable[[], Tensor], device: torch.device, *, operators: bool 
         output = run()
         torch.cuda.synchronize(device)
     return Seen(output, _profiled(profile), peak)
+
+
+def _allocated(run: Callable[[], Tensor]) -> Seen:
+    """The peak alone, by the allocator's own record: what is compiled or of higher order hides from operators."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = run()
+    kineto: Any = profile.profiler
+    moves = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    live = accumulate(event.nbytes() for event in sorted(moves, key=lambda event: event.start_ns()))
+    return Seen(output, Counter(), max(live, default=0))
 
 
 def _profiled(profile: Any) -> Counter[str]:

@@ -95,20 +95,34 @@ def quality(
     json_file: JsonFile = None,
     markdown: Markdown = None,
     backbone: Annotated[str, typer.Option("--backbone", "-b", metavar="NAME", help="A mini editor.")] = "mini",
+    default: Annotated[
+        bool, typer.Option("--set-default", help="Write the default into the settings of the editors of its kind.")
+    ] = False,
 ) -> None:
     """What each preset of speed costs: the mini world's exact scores beside the time of an edit.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
       [cyan]replan bench quality --n 200 --plot pareto.png[/cyan]
+      [cyan]replan bench quality --n 500 --set-default --json q.json[/cyan]    also decides what editors run with
+
+    The default of an editor is the fastest preset whose success is within one point of exact. --set-default writes it
+    to configs/edit/: that of the measured editor and those of the published editors of the same kind.
     """
     import json
 
+    from replan.bench.defaults import LEAST, set_default
     from replan.bench.quality import measure, pareto, render
     from replan.cli.console import out, quiet_libraries, say
+    from replan.errors import ConfigError
     from replan.images import write_atomic
 
+    if default and count < LEAST:
+        raise ConfigError(f"n = {count}: --set-default needs {LEAST} or more; one item is a point then")
     quiet_libraries()
     report = measure(backbone, count, say)
+    if default:
+        report["settings"] = set_default(report)
+        say(f"speed: {report['default']} is now the default of {', '.join(report['settings'])}")
     if json_file:
         write_atomic(json_file, json.dumps(report, indent=1).encode() + b"\n")
     text = render(report)

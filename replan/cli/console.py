@@ -102,5 +102,6 @@ def describe_edit(edit: Edit, *, plan: bool) -> None:
     if plan and edit.plan is not None:
         describe(edit.plan)
     work = sum(seconds for stage, seconds in edit.timings.items() if stage != "load")
-    share = f"; planning {edit.timings['plan'] / work:.0%} of {work:.1f} s" if edit.timings.get("plan") and work else ""
+    planning = edit.timings.get("plan") if plan else None
+    share = f"; planning {planning / work:.0%} of {work:.1f} s" if planning and work else ""
     say("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in edit.timings.items()) + share)

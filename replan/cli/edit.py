@@ -30,8 +30,6 @@ def edit(
     also: options.Also = None,
     candidates: options.Candidates = 1,
     repeat: options.Repeat = None,
-    batch: options.Batch = None,
-    skip_bad: options.SkipBad = False,
     seed: options.Seed = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -55,17 +53,20 @@ def edit(
     speed: options.Speed = None,
     vae_tiling: options.VaeTiling = None,
     strict: options.Strict = False,
+    batch: options.Batch = None,
+    skip_bad: options.SkipBad = False,
 ) -> None:
     """Edit a picture by an instruction: plan the regions, then edit each by its own hint.
 
     [bold]Examples[/bold]
       [cyan]replan edit photo.png "make the left cup red" -o out.png[/cyan]
-      [cyan]replan plan photo.png "make the left cup red" > plan.json[/cyan]   look at it, change it, then:
+      [cyan]replan plan photo.png "make the left cup red" > plan.json[/cyan]  change it, then
       [cyan]replan edit photo.png --plan plan.json -o out.png[/cyan]
-      [cyan]replan edit photo.png "..." -b flux-kontext --offload model --candidates 4 -o tries/[/cyan]
-      [cyan]replan edit photo.png "..." --baseline -o stock.png[/cyan]         the same editor without regions
-      [cyan]replan edit --repeat out.json -o again.png[/cyan]                  the same bytes again
-      [cyan]replan edit --batch jobs.jsonl -o results/[/cyan]                  resumes where it stopped
+      [cyan]replan edit photo.png "..." --baseline -o stock.png[/cyan]        without regions
+      [cyan]replan edit photo.png "..." --candidates 4 -o tries/[/cyan]
+      [cyan]replan edit photo.png "..." -b flux-kontext --offload model[/cyan]
+      [cyan]replan edit --repeat out.json -o again.png[/cyan]                 the same bytes
+      [cyan]replan edit --batch jobs.jsonl -o results/[/cyan]                 resumes
 
     Next to out.png lies out.json: plan, reasoning, settings, seed, versions, times, command line.
     Of the backbone's YAML, --config FILE, key=value and options, the later ones win.
@@ -113,12 +114,15 @@ def _single(image: Path, instruction: str, plan: Path | None, asked: Request, fl
     from replan.types import EditRequest
 
     setup = flags.setup()
-    if instruction.strip() == "" and plan is None:
-        raise ConfigError("the instruction is empty; say what to change")
+    if plan is None:
+        options.check_instruction(instruction)
     picture = load_image(image)
     found = None if plan is None else given_plan(plan, picture.size)
     extra = tuple(load_image(path) for path in asked.also)
     paths = targets(asked.output, f"{image.stem}_edited.png", asked.count)
+    for path in paths:
+        if path.resolve() == image.resolve():
+            raise ConfigError(f"{path}: is the picture to edit; nothing could repeat the edit without it, name another")
     request = EditRequest(picture, instruction, asked.seed, found, extra)
     edits = make(setup.open(), request, setup, asked.count)
     save(edits, setup, [image, *asked.also], paths)

@@ -46,6 +46,8 @@ def generate(
     [bold]Examples[/bold]
       [cyan]replan eval generate eval/mini_replan[/cyan]
       [cyan]replan eval generate configs/eval/replan_flux.yaml processes=8 output=runs/flux[/cyan]   one editor per GPU
+      [cyan]replan eval generate eval/replan_flux service=http://host:8001 workers=16[/cyan]   by `replan serve editor`
+      [cyan]accelerate launch --num_machines 2 ... -m replan eval generate eval/replan_flux[/cyan]   on several machines
       [cyan]replan eval generate eval/replan_flux data.source=my.jsonl edit.steps=20[/cyan]
     """
     from replan import config as loader
@@ -77,10 +79,12 @@ def _generate(chosen: GenerateConfig) -> int:
     folder = Path(chosen.output)
     writable(folder)
     todo = methods.todo(replace(chosen, runtime=runtime))
+    run = methods.describe(chosen, todo, bench)
+    engine.compare(folder, run)  # in every process, before any of them touches an item of another run
     if here.is_main:
         _tell_bench(bench)
         engine.sweep(folder)
-        engine.start(folder, methods.describe(chosen, todo, bench))
+        engine.start(folder, run)
     mine = bench.items[here.index :: here.count]
     counts = {"done": 0, "skipped": 0, "failed": 0}
     name = f"process {here.index}: " if here.count > 1 else ""

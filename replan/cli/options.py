@@ -13,6 +13,7 @@ import typer
 from replan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from replan import config
     from replan.config import Override
     from replan.planner import PlannerConfig
     from replan.record import Record, Setup
@@ -44,7 +45,7 @@ PlanFile = Annotated[
 ]  # fmt: skip
 Also = Annotated[
     list[Path] | None,
-    typer.Option(metavar="IMAGE", rich_help_panel=EDITING, help="A further picture to look at (qwen-image-edit-plus)."),
+    typer.Option(metavar="IMAGE", rich_help_panel=EDITING, help="A further picture; for qwen-image-edit-plus."),
 ]
 Candidates = Annotated[
     int,
@@ -78,7 +79,7 @@ Planner = Annotated[
     typer.Option(
         "--planner", metavar="NAME", rich_help_panel=MODELS,
         help="Planner: mini, a hub id, a folder or the URL of an OpenAI-compatible server. "
-        f"Default: mini with the mini editor, else {RELEASED_PLANNER}.",
+        f"Default: mini with a mini editor, else {RELEASED_PLANNER}.",
     ),
 ]  # fmt: skip
 PromptTemplate = Annotated[
@@ -113,7 +114,7 @@ Baseline = Annotated[
 KeepBackground = Annotated[
     bool | None,
     typer.Option(
-        "--keep-background/--no-keep-background", rich_help_panel=EDITING,
+        "--keep-background", rich_help_panel=EDITING,
         help="Paste the untouched source pixels back outside the boxes.",
     ),
 ]  # fmt: skip
@@ -130,7 +131,9 @@ Expand = Annotated[
 Isolate = Annotated[
     float | None,
     typer.Option(
-        rich_help_panel=REGIONS, help="Share of the steps (0 to 1) in which the background ignores the regions."
+        metavar="X",
+        rich_help_panel=REGIONS,
+        help="Share of the steps (0 to 1) in which the background ignores the regions.",
     ),
 ]
 Rules = Annotated[
@@ -148,17 +151,22 @@ Strict = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="auto|cpu|cuda|mps", rich_help_panel=RUNNING, help="Where to run; cuda:1 works too."),
+    typer.Option(metavar="NAME", rich_help_panel=RUNNING, help="Where to run: auto, cpu, cuda, cuda:1, mps."),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(metavar="auto|float32|bfloat16|float16", rich_help_panel=RUNNING, help="auto: bfloat16 on a GPU."),
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=RUNNING,
+        help="auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU, else float32.",
+    ),
 ]
 Offload = Annotated[
     str | None,
     typer.Option(
-        metavar="none|stages|model|group|sequential", rich_help_panel=RUNNING,
-        help="Keep what is not in use off the GPU, from planner or editor down to single layers: less memory, slower.",
+        metavar="NAME", rich_help_panel=RUNNING,
+        help="none, stages, model, group or sequential: keep what is not in use off the GPU, from planner or editor "
+        "down to single layers; less memory, slower.",
     ),
 ]  # fmt: skip
 VaeTiling = Annotated[
@@ -168,19 +176,23 @@ VaeTiling = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        metavar="int8|fp8|nf4|bnb-int8|FILE.gguf", rich_help_panel=RUNNING,
-        help="Smaller weights of the editor; needs replan\\[gpu]. The planner's: planner.quantize=nf4",
+        metavar="NAME|FILE", rich_help_panel=RUNNING,
+        help="int8, fp8, nf4, bnb-int8 or a .gguf file: smaller weights of the editor; needs replan\\[gpu]. "
+        "The planner's: planner.quantize=nf4",
     ),
 ]  # fmt: skip
 Attention = Annotated[
     str | None,
-    typer.Option(metavar="auto|dense|flex|cascade", rich_help_panel=RUNNING, help="What carries out the region masks."),
+    typer.Option(
+        metavar="NAME", rich_help_panel=RUNNING, help="auto, dense, flex or cascade: what carries out the region masks."
+    ),
 ]
 Speed = Annotated[
     str | None,
     typer.Option(
-        metavar="exact|cached|fast|FILE", rich_help_panel=RUNNING,
-        help="What is reused between steps: nothing, the reference picture, or all that lies outside the regions.",
+        metavar="NAME|FILE", rich_help_panel=RUNNING,
+        help="exact, cached or fast: between steps nothing, the reference picture, or all that lies outside the "
+        "regions is reused.",
     ),
 ]  # fmt: skip
 Compile = Annotated[
@@ -239,10 +251,13 @@ class Flags:
         files = [*(spelled(file) for file in files), *named]
         source: config.Source = kept.config if kept else find(backbone)[0].config
         plain = config.load(EditConfig, source, own, files)
+        editing = config.load(EditConfig, source, [*own, *self._editing(guided=plain.guided)], files)
+        if self.negative_prompt and not editing.guided:
+            raise ConfigError("--negative-prompt: has no effect without true CFG; add true_cfg=2.0 (doubles the time)")
         return Setup(
             backbone,
-            _known(self.planner) if self.planner else kept.planner if kept else _planner_for(backbone),
-            config.load(EditConfig, source, [*own, *self._editing(guided=plain.guided)], files),
+            _known(self.planner) if self.planner else kept.planner if kept else _planner_for(source),
+            editing,
             config.load(Runtime, base.runtime if base else {}, self._running()),
             self._planning(base, planner_files, pairs),
             self.baseline or bool(base and base.baseline),
@@ -300,6 +315,12 @@ def positionals(words: Sequence[str | None], wanted: int) -> tuple[str | None, s
     return image, instruction, rest
 
 
+def check_instruction(words: str) -> None:
+    """Raise ConfigError when an instruction says nothing."""
+    if not words.strip():
+        raise ConfigError("the instruction is empty; say what to change")
+
+
 def _known(planner: str) -> str:
     """The name of a planner. Raises ConfigError for what can only be a slip: a hub id has a /, a service a colon."""
     if planner == "mini" or "/" in planner or ":" in planner or Path(planner).is_dir():
@@ -311,8 +332,9 @@ def _known(planner: str) -> str:
     )
 
 
-def _planner_for(backbone: str) -> str:
-    return "mini" if backbone == "mini" else RELEASED_PLANNER
+def _planner_for(settings: config.Source) -> str:
+    """The planner that goes with an editor, by the name of the editor's settings: small ones know one small world."""
+    return "mini" if str(settings).startswith("edit/mini") else RELEASED_PLANNER
 
 
 def _split_files(paths: Sequence[Path]) -> tuple[list[Any], list[Any]]:

@@ -35,7 +35,10 @@ def writable(folder: Path) -> None:
             raise ConfigError(f"{place}: is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".replan-{os.getpid()}"
-    probe.touch()
+    try:
+        probe.touch()
+    except OSError as error:  # the folder is what the user knows, not the probe
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     probe.unlink()
 
 

@@ -39,7 +39,7 @@ def plan(
       [cyan]replan plan photo.png "make the left cup red" > plan.json[/cyan]
       [cyan]replan plan photo.png "..." | replan edit photo.png --plan - -o out.png[/cyan]
       [cyan]replan plan photo.png "..." --candidates 4 > plans.jsonl[/cyan]
-      [cyan]replan plan photo.png "..." --planner http://127.0.0.1:8000/v1[/cyan]     a vLLM server
+      [cyan]replan plan photo.png "..." --planner http://127.0.0.1:8000/v1[/cyan]  vLLM
 
     Change the JSON by hand and hand it to [cyan]replan edit --plan[/cyan]: it takes the same path as a planned edit.
     """
@@ -50,6 +50,7 @@ def plan(
     from replan.types import EditRequest
 
     setup = Flags.of(given | {"settings": options.positionals(list(settings or ()), 0)[2]}).setup()
+    options.check_instruction(instruction)
     request = EditRequest(load_image(Path(image)), instruction, seed or 0)
     editor = setup.open()
     if candidates > 1:
@@ -81,7 +82,7 @@ def mask(
 
     [bold]Examples[/bold]
       [cyan]replan mask photo.png --plan plan.json -o mask.png[/cyan]
-      [cyan]replan mask photo.png --plan plan.json -b flux-kontext --expand 0.15 --isolate 0.5[/cyan]
+      [cyan]replan mask photo.png --plan plan.json -b flux-kontext --expand 0.15[/cyan]
       [cyan]replan mask photo.png --plan plan.json --rules rules.yaml[/cyan]
 
     The matrix goes to stdout as a table too. No model is loaded.
@@ -92,7 +93,9 @@ def mask(
     from replan.cli.edit import given_plan
     from replan.cli.outputs import targets
     from replan.draw import draw_matrix, draw_plan, matrix_table, stack
+    from replan.errors import PlanError
     from replan.images import load_image, save_image
+    from replan.record import PlanFileError
     from replan.rules import schedule
     from replan.types import Size
 
@@ -102,7 +105,10 @@ def mask(
     found = given_plan(plan, picture.size)
     (path,) = targets(output, f"{Path(image).stem}_mask.png", 1)
     grid = token_grid(setup.backbone, Size(*picture.size), setup.config)
-    phases = schedule(len(found.regions), setup.config.mask)
+    try:
+        phases = schedule(len(found.regions), setup.config.mask)
+    except PlanError as error:
+        raise PlanFileError(str(error)) from error  # a plan that was given is the user's to mend
     vision = "Qwen" in find(setup.backbone)[0].pipeline  # only Qwen's text encoder sees the picture
     drawn = draw_plan(picture, found, grid, setup.config.mask.expand)
     save_image(stack([drawn, draw_matrix(phases, vision=vision, width=drawn.width)]), path)

@@ -63,11 +63,21 @@ def grpo(
 
     chosen = loader.load(GrpoConfig, config, settings or ())
     quiet_libraries()
+    _quiet_trainers()
     if chosen.engine == "verl":
         from replan.train import engine_verl as engine
     else:
         from replan.train import engine_trl as engine  # type: ignore[no-redef]
     out(str(engine.train(chosen)))
+
+
+def _quiet_trainers() -> None:
+    """What trl says of transformers' newer names, and datasets of pictures that are decoded when they are looked at."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    logging.getLogger("datasets.fingerprint").setLevel(logging.ERROR)
 
 
 def weaken(

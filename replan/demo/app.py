@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from replan.demo.board import presets, with_preset
+from replan.demo.board import OWN, presets, with_preset
 from replan.demo.boxes import MAX_HINT
-from replan.demo.examples import examples
+from replan.demo.examples import MINI, Example, examples
 from replan.demo.forms import MOST_WORDS
 from replan.demo.handlers import Handlers
 from replan.demo.jobs import STOPPING
@@ -23,6 +24,7 @@ from replan.demo.studio import Studio, sees_picture
 from replan.demo.viewer import empty
 from replan.demo.widget import asset, widget
 
+UNCLAIMED = (60, 600)  # seconds: how often to look for uploads that no handler took, and how old they may be
 WELCOME = "Choose a picture, say what to change, then press Plan & edit."
 DOWNLOAD = """(d) => { if (!d || !d.href) return; const [head, body] = d.href.split(','), bytes = atob(body);
 const data = Uint8Array.from(bytes, (c) => c.charCodeAt(0)), a = document.createElement('a');
@@ -93,12 +95,13 @@ class Ui:
 
 def build(studio: Studio) -> gr.Blocks:
     """The whole app around these models; launch it with `serve.launch`."""
-    with gr.Blocks(title="RePlan", analytics_enabled=False, fill_width=True) as demo:
-        parts: dict[str, Any] = {"session": gr.State(Session(), time_to_live=3600)}
+    with gr.Blocks(title="RePlan", analytics_enabled=False, fill_width=True, delete_cache=UNCLAIMED) as demo:
+        parts: dict[str, Any] = {"session": gr.State(Session())}
+        shelf = examples(photos_first=studio.backbones[0] != MINI)
         gr.HTML(HEADER, js_on_load=SWITCH, apply_default_css=False, padding=False)
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(elem_id="left", min_width=260):
-                parts |= _ask()
+                parts |= _ask(shelf)
             with gr.Column(elem_id="middle", min_width=320):
                 parts |= _canvas()
             with gr.Column(elem_id="right", min_width=320):
@@ -117,14 +120,16 @@ def build(studio: Studio) -> gr.Blocks:
         parts["parcel"], parts["leave"] = gr.JSON(visible=False), gr.JSON(visible=False)
         parts["out"] = gr.Button(visible="hidden", elem_id="leave-queue")
         ui = Ui(**parts)
-        _wire(ui, Handlers(studio, ui, examples()))
+        on = Handlers(studio, ui, shelf)
+        demo.load(on.opened, [ui.session], [ui.session], **QUIET)
+        _wire(ui, on)
     return demo
 
 
-def _ask() -> dict[str, Any]:
-    shelf = [(example.picture, example.instruction) for example in examples()]
+def _ask(shelf: Sequence[Example]) -> dict[str, Any]:
+    shown = [(example.picture, example.instruction) for example in shelf]
     parts: dict[str, Any] = {
-        "examples": widget("strip", strip_value(shelf, "Examples"), "examples"),
+        "examples": widget("strip", strip_value(shown, "Examples"), "examples"),
         "upload": gr.UploadButton("Upload a picture", elem_id="upload", size="sm", type="filepath"),
         "instruction": gr.Textbox(
             label="Instruction", placeholder="make the left cup red", lines=2, max_lines=4, max_length=MOST_WORDS,
@@ -190,7 +195,8 @@ def _attention(studio: Studio) -> dict[str, Any]:
     own = studio.config(name)
     board = with_preset(presets()[0], own.mask)
     with gr.Row(elem_classes="tight bottom"):
-        preset = gr.Dropdown(presets(), value=presets()[0], label="Preset", elem_id="preset", min_width=100, scale=2)
+        offered = [("default" if one == OWN else one, one) for one in presets()]
+        preset = gr.Dropdown(offered, value=presets()[0], label="Preset", elem_id="preset", min_width=100, scale=2)
         share = gr.Slider(0, 1, board.share, step=0.05, label="Locality", elem_id="share", min_width=120, scale=3)
         reset = gr.Button("Reset", size="sm", elem_id="reset", min_width=60, scale=1)
     line = gr.HTML(
@@ -221,8 +227,9 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 def _wire(ui: Ui, on: Handlers) -> None:
     state = [ui.session, *ui.form]
     scene = on.scene_outputs
-    ui.examples.picked(on.example, [ui.session], scene, **QUIET)
-    ui.upload.upload(on.uploaded, [ui.session, ui.upload], scene, **QUIET)
+    ui.examples.picked(on.example, [ui.session, ui.backbone], scene, **QUIET)
+    ui.upload.upload(on.uploaded, [ui.session, ui.upload, ui.backbone], scene, **QUIET)
+    ui.canvas.refused(on.refused, None, [ui.notice], **QUIET)
     ui.reuse.click(on.reused, [ui.session], scene, **QUIET)
     ui.history.picked(on.restored, [ui.session], on.restore_outputs, **QUIET)
     ui.import_plan.upload(on.imported, [ui.session, ui.import_plan, *ui.form], on.plan_outputs, **QUIET)

@@ -1,15 +1,27 @@
-"""The gallery: scenes of the mini world with a fitting instruction, made anew at every start from fixed seeds."""
+"""The gallery: scenes of the mini world, made anew from fixed seeds, and photographs for the editors that know them."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SEEDS = (17, 29, 48, 84, 10, 37)
+PHOTOS = {  # where they come from: photos/README.md
+    "coffee": "Replace the cup of coffee with a small potted cactus",
+    "cat": "Make the cat's eyes bright blue",
+    "astronaut": "Make the orange suit dark green and remove the small model shuttle",
+    "rocket": "Turn the clouds of smoke pink",
+}
+MINI = "mini"
+DRAWN_ONLY = (
+    "The mini models make nonsense of it: they know their own drawn scenes only. "
+    "For photographs: replan demo --backbone flux-kontext."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +33,20 @@ class Example:
     name: str
 
 
-def examples() -> tuple[Example, ...]:
-    """The scenes, in a fixed order."""
+def examples(*, photos_first: bool = False) -> tuple[Example, ...]:
+    """Scenes and photographs, in a fixed order."""
+    scenes, photos = _scenes(), _photos()
+    return photos + scenes if photos_first else scenes + photos
+
+
+def suits(picture: Image, backbone: str) -> bool:
+    """Whether a backbone can make sense of a picture; the mini models' own scenes are all of one size."""
+    from replan.mini.scenes import SIZE
+
+    return backbone != MINI or picture.size == (SIZE.width, SIZE.height)
+
+
+def _scenes() -> tuple[Example, ...]:
     from replan.mini.instructions import random_item
     from replan.mini.scenes import draw
 
@@ -31,4 +55,14 @@ def examples() -> tuple[Example, ...]:
         item = random_item(random.Random(seed))
         text = item.instruction[0].upper() + item.instruction[1:]
         found.append(Example(draw(item.scene), text, f"{item.scene.place}-{seed}.png"))
+    return tuple(found)
+
+
+def _photos() -> tuple[Example, ...]:
+    from PIL import Image
+
+    found = []
+    for name, text in PHOTOS.items():
+        with resources.files("replan.demo").joinpath("photos", f"{name}.jpg").open("rb") as file:
+            found.append(Example(Image.open(file).convert("RGB"), text, f"{name}.png"))
     return tuple(found)

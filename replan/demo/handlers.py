@@ -13,6 +13,7 @@ from replan import plan as grammar
 from replan.demo import viewer
 from replan.demo.board import name_of, role_at, tables, with_preset
 from replan.demo.boxes import picture_value
+from replan.demo.examples import DRAWN_ONLY, suits
 from replan.demo.forms import Form
 from replan.demo.jobs import NO_PICTURE, Jobs, Update
 from replan.demo.notice import notice
@@ -20,7 +21,7 @@ from replan.demo.pictures import data_address, exact
 from replan.demo.session import Session
 from replan.demo.settings import safe_name, strength
 from replan.demo.studio import Studio, sees_picture
-from replan.demo.uploads import read_picture, read_plan_upload
+from replan.demo.uploads import MOST_BYTES, read_picture, read_plan_upload
 from replan.errors import ReplanError
 from replan.types import Size
 
@@ -53,15 +54,14 @@ class Handlers(Jobs):
         return [*self.scene_outputs, *panel, ui.keep_background, ui.baseline, ui.preset, *self.board_outputs]
 
     # --- pictures ---
-    def example(self, session: Session, event: gr.EventData) -> Update:
+    def example(self, session: Session, backbone: str, event: gr.EventData) -> Update:
         """A picture of the gallery and its instruction."""
         example = self.shelf[_index(event, self.shelf)]
         session.show(example.picture, example.name)
-        return self._scene(session, f"{example.name}: press Plan & edit, or Plan to look at the boxes first.") | {
-            self.ui.instruction: example.instruction
-        }
+        text = f"{example.name}: press Plan & edit, or Plan to look at the boxes first."
+        return self._scene(session, text, backbone) | {self.ui.instruction: example.instruction}
 
-    def uploaded(self, session: Session, path: str) -> Update:
+    def uploaded(self, session: Session, path: str, backbone: str) -> Update:
         """A picture from the user's disk; what cannot be read changes nothing."""
         try:
             picture = read_picture(path)
@@ -69,7 +69,17 @@ class Handlers(Jobs):
             return {self.ui.notice: notice(f"{error}. Choose another file.", "error")}
         name = safe_name(path)
         session.show(picture, name)
-        return self._scene(session, f"{picture.width} × {picture.height} pixels. Say what to change.")
+        return self._scene(session, f"{name}, {picture.width} × {picture.height} pixels. Say what to change.", backbone)
+
+    def refused(self, event: gr.EventData) -> Update:
+        """A file that is too large was not even sent."""
+        size = _data(event).get("bytes")
+        told = f"That file has {size / 1e6:.1f} MB" if isinstance(size, int) else "That file is too large"
+        return {
+            self.ui.notice: notice(
+                f"{told}: at most {MOST_BYTES / 1e6:.0f} MB. Make it smaller or choose another file.", "error"
+            )
+        }
 
     def reused(self, session: Session) -> Update:
         """The chosen result becomes the picture of the next turn."""
@@ -79,13 +89,15 @@ class Handlers(Jobs):
         session.show(session.edits[session.chosen].image, f"{stem}-edited.png")
         return self._scene(session, "The result is the new picture. Say what to change next.")
 
-    def _scene(self, session: Session, text: str) -> Update:
-        """A new picture on an empty canvas."""
+    def _scene(self, session: Session, text: str, backbone: str = "") -> Update:
+        """A new picture on an empty canvas, with a word of warning when the backbone cannot make sense of it."""
         ui = self.ui
         assert session.picture is not None
+        size, fits = f"{session.picture.width} × {session.picture.height} pixels", suits(session.picture, backbone)
+        said = notice(text) if fits else notice(f"{session.name}, {size}. {DRAWN_ONLY}", "warn")
         return {
             ui.canvas: picture_value(session.picture), ui.prompt: "", ui.reasoning: "",
-            ui.viewer: viewer.empty(), ui.notice: notice(text),
+            ui.viewer: viewer.empty(), ui.notice: said,
         }  # fmt: skip
 
     def restored(self, session: Session, event: gr.EventData) -> Update:

@@ -16,11 +16,11 @@ from replan.demo.forms import Form, with_seed
 from replan.demo.matrix import matrix_value, share_line
 from replan.demo.notice import notice
 from replan.demo.session import Entry, Job, Session
-from replan.demo.settings import command, edit_config
+from replan.demo.settings import command, edit_config, runtime_words
 from replan.demo.strip import strip_value
 from replan.demo.studio import sees_picture
 from replan.demo.work import Done, Step, Text, make_edits, make_plan, run
-from replan.errors import PlanError, PlannerError, ReplanError
+from replan.errors import BackboneError, PlanError, PlannerError, ReplanError
 from replan.types import EditRequest, Plan, Size
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ Update = dict[Any, Any]
 NO_PICTURE = "Choose a picture first: drop one on the canvas, upload one, or pick an example."
 UNCHANGED = "picture, boxes and prompts are as they were."
 STOPPING = "Stopping after the step under way …"
+BROKEN = "The editor cannot run; your work is kept. Choose another backbone or other settings, then press Edit again."
 MEMORY = "The device is out of memory. Use fewer candidates or start the demo with --offload model."
 
 
@@ -43,7 +44,7 @@ class Jobs:
 
     @property
     def button_outputs(self) -> list[Any]:
-        return [*self.ui.buttons, self.ui.cancel, self.ui.notice]
+        return [self.ui.session, *self.ui.buttons, self.ui.cancel, self.ui.notice]
 
     @property
     def plan_outputs(self) -> list[Any]:
@@ -55,10 +56,16 @@ class Jobs:
         return [*self.plan_outputs, self.ui.viewer, self.ui.history, self.ui.seed, *self.ui.buttons, self.ui.cancel]
 
     # --- begin, end, cancel ---
+    def opened(self, session: Session) -> Session:
+        """A page was opened. Handing the session back starts its clock: one hour after its page has gone Gradio drops
+        it, but only a state that was written once has a clock.
+        """
+        return session
+
     def begin(self, session: Session) -> Update:
         """A button was pressed: from here on the job can be cancelled, also while it waits."""
         session.job = Job()
-        return self._buttons(running=True) | {self.ui.notice: notice("Waiting …", "wait")}
+        return self._buttons(running=True) | {self.ui.session: session, self.ui.notice: notice("Waiting …", "wait")}
 
     def end(self, session: Session) -> Update:
         """The stream of a job is over, whichever way. Gradio may call this twice for a job that left the queue."""
@@ -127,6 +134,8 @@ class Jobs:
         except Cancelled as error:
             text = f"Cancelled, {error}; {UNCHANGED}"
             yield {ui.notice: notice(text, "warn"), ui.viewer: self._last(session)}
+        except BackboneError as error:
+            yield {ui.notice: notice(f"{BROKEN} {error}", "error"), ui.viewer: self._last(session)}
         except ReplanError as error:
             yield {ui.notice: notice(str(error), "error"), ui.viewer: self._last(session)}
         except RuntimeError as error:  # torch's own, out of memory above all
@@ -200,7 +209,8 @@ class Jobs:
         table = matrix_value(board, drawn.ids, own.mask, settings.steps, vision=vision, baseline=settings.baseline)
         wanted = edit_config(settings, board, drawn.ids, own)
         has_plan = bool(drawn.regions or form.prompt.strip())
-        line = command(session.name, form.instruction, settings, wanted, own, has_plan)
+        runtime = () if self.studio.runtime is None else runtime_words(self.studio.runtime)
+        line = command(session.name, form.instruction, settings, wanted, own, plan=has_plan, runtime=runtime)
         return {
             ui.matrix: table, ui.share_line: notice(share_line(board.share, settings.steps)),
             ui.command: "" if session.picture is None else line,
@@ -267,4 +277,5 @@ def reasoning_of(answer: str) -> str:
 
 def _title(entry: Entry) -> str:
     words = entry.instruction.strip() or entry.prompt.strip() or "edit"
-    return f"{words[:60]} (seed {entry.settings.seed})"
+    kind = "baseline, " if entry.settings.baseline else ""
+    return f"{kind}seed {entry.settings.seed}: {words[:80]}"

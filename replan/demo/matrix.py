@@ -19,7 +19,8 @@ def share_line(share: float, steps: int) -> str:
         return f"Locality for none of {steps} steps: the background sees the regions from the start; changes may spill."
     if early == steps:
         return f"Locality for all {steps} steps: the background never sees what happens inside the boxes."
-    return f"Locality for the first {early} of {steps} steps: nothing spills; then edges blend with their surroundings."
+    first = "the first step" if early == 1 else f"the first {early}"
+    return f"Locality for {first} of {steps} steps: nothing spills; then edges blend with their surroundings."
 
 
 def matrix_value(
@@ -32,17 +33,21 @@ def matrix_value(
     count = early_steps(board.share, steps)
     rest = steps - count
     labels = {
-        "early": f"First {count} step{'s' * (count != 1)}" if count else "Early steps (none)",
-        "late": f"Last {rest} step{'s' * (rest != 1)}" if rest else "Late steps (none)",
+        "early": _steps("First", count) if count else "Early steps (none)",
+        "late": _steps("Last", rest) if rest else "Late steps (none)",
     }
     why = {
         "early": "No effect: no step follows these rules. Raise the locality share to use them.",
         "late": "No effect: no step is left for these rules. Lower the locality share to use them.",
     }
-    note = NO_BASELINE if baseline else NO_BOXES if not ids else ""
+    idle = NO_BASELINE if baseline else NO_BOXES if not ids else ""
     changed = len([cell for cell in board.cells if (cell.part == "early" and count) or (cell.part == "late" and rest)])
     cells = f"{changed} cell{'s' * (changed != 1)} changed by hand." if changed else "Click a cell to change it."
     return {
-        "names": list(names), "early": early, "late": late, "labels": labels, "why": why, "note": note or cells,
-        "live": {"early": count > 0, "late": rest > 0},
+        "names": list(names), "early": early, "late": late, "labels": labels, "why": why, "idle": idle,
+        "note": idle or cells, "live": {"early": count > 0, "late": rest > 0},
     }  # fmt: skip
+
+
+def _steps(which: str, count: int) -> str:
+    return f"{which} step" if count == 1 else f"{which} {count} steps"

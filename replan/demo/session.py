@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from replan.types import Edit, Plan
 
 MOST_ENTRIES = 12
+MOST_PIXELS = 200_000_000  # of all the pictures in one history: 0.6 GB
 
 
 class Job:
@@ -59,6 +60,11 @@ class Entry:
     board: Board
     edits: tuple[Edit, ...]
 
+    @property
+    def pixels(self) -> int:
+        """How many pixels its pictures have."""
+        return sum(picture.width * picture.height for picture in (self.source, *(edit.image for edit in self.edits)))
+
 
 @dataclass(slots=True)
 class Session:
@@ -77,6 +83,8 @@ class Session:
         """Put a run in front of the history; the oldest ones make room."""
         self.entries.insert(0, entry)
         del self.entries[MOST_ENTRIES:]
+        while len(self.entries) > 1 and sum(one.pixels for one in self.entries) > MOST_PIXELS:
+            self.entries.pop()
 
     def show(self, picture: Image, name: str) -> None:
         """Start over with another picture; the history stays."""

@@ -25,8 +25,9 @@ class Studio:
         backbones: Mapping[str, Callable[[], Backbone]],
         planners: Mapping[str, Callable[[], Planner]],
         configs: Mapping[str, EditConfig],
+        runtime: Runtime | None = None,
     ) -> None:
-        self.configs = dict(configs)
+        self.configs, self.runtime = dict(configs), runtime
         self._backbones = {name: cache(load) for name, load in backbones.items()}
         self._planners = {name: cache(load) for name, load in planners.items()}
         self._lock = threading.Lock()
@@ -44,6 +45,7 @@ class Studio:
             {name: lambda name=name: load_backbone(name, runtime) for name in backbones},
             {name: planner(name) for name in planners},
             {name: default_config(name) for name in backbones},
+            runtime,
         )
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import hashlib
 import io
 import json
@@ -23,7 +24,6 @@ from replan.types import Size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PUBLISHED = "TainU/IV-Edit"
 UNKNOWN = "unknown"  # the category of an item whose row names none
 
 
@@ -207,7 +207,11 @@ def _reader(value: Any) -> Callable[[], bytes]:
     if isinstance(value, bytes):
         return lambda: value
     if isinstance(value, Path):
-        if not value.is_file():
+        try:
+            is_file = value.is_file()
+        except OSError as error:  # a name that is too long
+            raise RowError(f"image: {error.strerror}: {str(value)[:200]}...") from error
+        if not is_file:
             raise RowError(f"image: there is no file {value}")
         return value.read_bytes
     if hasattr(value, "save"):
@@ -248,7 +252,7 @@ def _rows(config: DataConfig) -> Iterable[tuple[int, Row]]:
 def _jsonl(path: Path, limit: int | None) -> Iterator[tuple[int, Row]]:
     """Rows of a JSONL file; `image` is a path relative to the file, or the picture's bytes in base64."""
     index = 0
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
+    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():  # text has line ends that JSON has not
         if not line.strip():
             continue
         if limit is not None and index >= limit:
@@ -257,10 +261,10 @@ def _jsonl(path: Path, limit: int | None) -> Iterator[tuple[int, Row]]:
         index += 1
 
 
-def _json_row(line: str, root: Path) -> Row:
+def _json_row(line: bytes, root: Path) -> Row:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         return RowError(f"not valid JSON: {error}")
     if not isinstance(row, dict):
         return RowError(f"a {type(row).__name__}, should be an object")
@@ -285,7 +289,10 @@ def _dataset(config: DataConfig, path: Path) -> Iterator[tuple[int, Row]]:
         )
     from datasets import Image as Picture
 
-    data = data.cast_column("image", Picture(decode=False))  # so that one broken picture does not end the iteration
+    try:
+        data = data.cast_column("image", Picture(decode=False))  # so that one broken picture does not end the iteration
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are of these kinds
+        raise ConfigError(f"data.source = {config.source}: column image holds no pictures ({error})") from error
     if config.limit is not None:
         data = data.select(range(min(config.limit, len(data))))
     words = data.remove_columns(["image"])
@@ -298,7 +305,7 @@ def _lazy_picture(data: Any, index: int) -> Callable[[], bytes]:
 
     def read() -> bytes:
         value = data[index]["image"]
-        if value is None:
+        if value is None or (value["bytes"] is None and not value["path"]):
             raise ValueError("no picture in the row")
         return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 

@@ -45,34 +45,52 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """How every item of a run is made. `settings` are all that decide its picture besides the item and the seed."""
+    """How every item of a run is made. `settings` are all that decide its picture besides the item and the seed.
+
+    exact   the plan in the row's answer is used instead of a planner's
+    check   raises ReplanError when no item can be made at all: a model that cannot be loaded, a service that is out
+    stop    called when the run ends, so that what is under way does not wait for long
+    """
 
     edit: Method
     settings: Mapping[str, Any]
     seed: int
-    exact: bool = False  # the plan in the row's answer is used instead of a planner's
+    exact: bool = False
+    check: Callable[[], None] = lambda: None
+    stop: Callable[[], None] = lambda: None
 
 
 def generate(items: Sequence[Item], folder: Path, todo: Todo, workers: int = 1) -> Iterator[Made]:
     """Make what is missing, `workers` at a time, and yield what became of each item as it is known.
 
-    An error of one item is recorded and the run goes on; a full disk ends it. Closing the iterator (Ctrl-C) starts
-    nothing new, and what is under way is finished and kept when there are several workers.
+    An error of one item is recorded and the run goes on; a full disk ends it, and so does the error of `todo.check`,
+    which is asked after each failure. Closing the iterator (Ctrl-C) starts nothing new, and what is under way is
+    finished and kept when there are several workers.
     """
-    yield from in_parallel(lambda item: _make(item, folder, todo), items, workers)
+    for made in in_parallel(lambda item: _make(item, folder, todo), items, workers, todo.stop):
+        yield made
+        if made.status == "failed":
+            todo.check()
+
+
+def compare(folder: Path, run: Mapping[str, Any]) -> None:
+    """Raise ConfigError, which names the difference, if the folder holds a run with other settings."""
+    if not (folder / RUN).is_file():
+        return
+    changed = list(_differences(read_run(folder)["settings"], run["settings"]))
+    if changed:
+        raise ConfigError(
+            f"{folder}: holds a run with other settings ({'; '.join(changed[:4])}); "
+            "use another output folder, or remove this one"
+        )
 
 
 def start(folder: Path, run: Mapping[str, Any]) -> None:
-    """Write the run's settings, or check that the folder holds the same run. ConfigError names the difference."""
+    """Write the run's settings, if the folder does not hold them already. Raises as `compare`."""
+    compare(folder, run)
     path = folder / RUN
     if path.is_file():
         past = read_run(folder)
-        changed = list(_differences(past["settings"], run["settings"]))
-        if changed:
-            raise ConfigError(
-                f"{folder}: holds a run with other settings ({'; '.join(changed[:4])}); "
-                "use another output folder, or remove this one"
-            )
         if past == {**run, "versions": past.get("versions"), "started": past.get("started")}:
             return
     record.write_json(dict(run), path)

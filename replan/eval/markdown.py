@@ -18,8 +18,10 @@ GROUP_TITLES = {"referring": "Referring type", "task": "Task type"}
 def report(summaries: Sequence[Summary], conventions: Sequence[Missing], *, with_published: bool = False) -> str:
     """The whole report; the tables once per convention."""
     parts = ["# Benchmark report", _about(summaries), _coverage(summaries)]
+    complete = all(summary.run.scored == len(summary.run.rows) for summary in summaries)
     for kind in conventions:
-        parts.append(f"## Scores ({kind}: {CONVENTIONS[kind]})")
+        named = "no score is missing, so drop and zero are the same" if complete else f"{kind}: {CONVENTIONS[kind]}"
+        parts.append(f"## Scores ({named})")
         parts.append(_scores(summaries, kind))
         if with_published:
             parts += ["Published (arXiv 2512.16864, judge Gemini-2.5-Pro, missing items count as 0):", _published()]

@@ -51,6 +51,8 @@ class GenerateConfig:
     edit      settings over the backbone's own, for example edit.steps=20 or edit.rules=local
     workers   items under way at once; for editors and planners behind a network
     processes editors to run side by side, one per GPU, through accelerate's launcher
+    service   address of an editor service (`replan serve editor`) that makes the edits, `workers` at once
+    timeout   seconds for one try at the service, the wait in its queue included
     """
 
     output: str
@@ -67,15 +69,32 @@ class GenerateConfig:
     runtime: Runtime = field(default_factory=Runtime)
     workers: int = 1
     processes: int = 1
+    service: str | None = None
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         for name in ("workers", "processes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        if not 0 < self.timeout <= 3600:
+            raise ConfigError(f"timeout = {self.timeout}: must be above 0 and at most 3600")
         if self.method not in get_args(MethodName):
             raise ConfigError(f"method = {self.method!r}: must be one of {', '.join(get_args(MethodName))}")
         if self.method == "rephrase" and not self.rewriter:
             raise ConfigError("method = rephrase: needs rewriter = a model that rewrites the instruction")
+        if self.service is not None:
+            self._check_service()
+
+    def _check_service(self) -> None:
+        """What belongs to the service must not be set here, where it would do nothing."""
+        if self.method == "instruct-pix2pix":
+            raise ConfigError("service: serves no instruct-pix2pix; leave it out")
+        if self.processes > 1:
+            raise ConfigError(f"processes = {self.processes}: with a service, workers says how many at once")
+        if self.planning != PlannerConfig():
+            raise ConfigError("planning: the service's planner has settings of its own; give them to `replan serve`")
+        if self.runtime != Runtime() and self.method != "rephrase":
+            raise ConfigError("runtime: the service's own counts; give it to `replan serve`")
 
 
 def todo(settings: GenerateConfig) -> Todo:
@@ -85,7 +104,8 @@ def todo(settings: GenerateConfig) -> Todo:
 
         chosen = {"method": settings.method, "backbone": settings.backbone, "pix2pix": config.dump(settings.pix2pix)}
         pipe = InstructPix2Pix(settings.backbone, settings.pix2pix, settings.runtime)
-        return Todo(_one_at_a_time(pipe), chosen | _running(settings.runtime), settings.seed)
+        running = chosen | _running(settings.runtime)
+        return Todo(_one_at_a_time(pipe), running, settings.seed, check=pipe.load)
     return _editing(settings)
 
 
@@ -97,23 +117,43 @@ def _editing(settings: GenerateConfig) -> Todo:
     edit = config.load(EditConfig, source, over=(spelled(settings.edit),))
     exact = settings.method == "replan" and settings.planner == EXACT
     planner = settings.planner if settings.method == "replan" and not exact else None
+    chosen: dict[str, Any] = {"method": settings.method, "backbone": settings.backbone, "edit": config.dump(edit)}
+    if settings.method == "replan":
+        chosen["planner"] = settings.planner
+    if settings.service is not None:
+        from replan.eval.service import connect
+
+        served = connect(settings, edit, planner)
+        made = Todo(served, {**chosen, **served.about}, settings.seed, exact, served.check, served.stop)
+        return _rephrasing(settings, made)
     editor = Editor.load(
         settings.backbone, planner, config=edit, runtime=settings.runtime, planner_config=settings.planning
     )
-    chosen: dict[str, Any] = {"method": settings.method, "backbone": settings.backbone, "edit": config.dump(edit)}
     if settings.method == "replan":
-        chosen |= {"planner": settings.planner, "planning": _deciding(settings.planning)}
-        method: Method = editor
-    else:
-        method = editor.baseline
-    locked = _one_at_a_time(method)
-    if settings.method == "rephrase":
-        from replan.eval.rephrase import load_rewriter, prompt_hash
+        chosen["planning"] = _deciding(settings.planning)
+    method: Method = editor if settings.method == "replan" else editor.baseline
 
-        chosen |= {"rewriter": settings.rewriter, "rewriter_prompt": prompt_hash()}
-        rewrite = load_rewriter(str(settings.rewriter), settings.runtime)
-        return Todo(_rephrased(rewrite, locked), chosen | _running(settings.runtime), settings.seed)
-    return Todo(locked, chosen | _running(settings.runtime), settings.seed, exact)
+    def check() -> None:
+        _ = editor.backbone, editor.planner  # they load, if they are not there yet
+
+    running = chosen | _running(settings.runtime)
+    return _rephrasing(settings, Todo(_one_at_a_time(method), running, settings.seed, exact, check))
+
+
+def _rephrasing(settings: GenerateConfig, edit: Todo) -> Todo:
+    """With a rewritten instruction, if the method is that."""
+    if settings.method != "rephrase":
+        return edit
+    from replan.eval.rephrase import load_rewriter, prompt_hash
+
+    rewrite = load_rewriter(str(settings.rewriter), settings.runtime)
+    chosen = {**edit.settings, "rewriter": settings.rewriter, "rewriter_prompt": prompt_hash()}
+
+    def check() -> None:
+        edit.check()
+        rewrite("make it red")
+
+    return replace(edit, edit=_rephrased(rewrite, edit.edit), settings=chosen, check=check)
 
 
 def describe(settings: GenerateConfig, chosen: Todo, bench: Bench) -> dict[str, Any]:

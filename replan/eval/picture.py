@@ -43,7 +43,8 @@ def draw(summaries: Sequence[Summary], kind: Missing, path: Path) -> None:
     axes.set_ylim(0, 5.6)
     axes.set_ylabel("mean score, 95 % interval")
     judge = summaries[0].run.judge["model"]
-    axes.set_title(f"Judge: {judge}; {CONVENTIONS[kind]}", fontsize=9)
+    complete = all(summary.run.scored == len(summary.run.rows) for summary in summaries)
+    axes.set_title(f"Judge: {judge}; {'no score is missing' if complete else CONVENTIONS[kind]}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(3, count))
     content = io.BytesIO()

@@ -134,15 +134,17 @@ def _pixels(image: Image) -> Any:
 def _lpips() -> tuple[Any, str | None]:
     """LPIPS with AlexNet, or None and the reason. torchvision downloads AlexNet's weights when it is first used."""
     if importlib.util.find_spec("torchvision") is None:
-        return None, "LPIPS skipped: it needs torchvision, and AlexNet's weights, which torchvision downloads (244 MB)"
-    from urllib.error import URLError
-
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
+        return None, (
+            "LPIPS skipped: it needs torchvision (pip install torchvision), which downloads AlexNet's weights (244 MB)"
+        )
     try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True), None
-    except (URLError, OSError, RuntimeError) as error:
+    except OSError as error:  # urllib's errors are of this kind
         return None, f"LPIPS skipped: AlexNet's weights (244 MB) could not be downloaded: {error}"
+    except (RuntimeError, ImportError) as error:  # built for another torch, or a download that was cut
+        return None, f"LPIPS skipped: torchvision or AlexNet's weights are of no use: {error}"
 
 
 def _version() -> str:

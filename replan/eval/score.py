@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from replan.eval.data import Bench, Item
 from replan.eval.generate import FAILED, PICTURE, SECONDS, read_done, read_json
 from replan.eval.pool import in_parallel
 from replan.images import load_image
-from replan.judge import DIMENSIONS, Case, Dimension, Judge, Unscored
+from replan.judge import DIMENSIONS, Case, Dimension, Judge, JudgeDown, Unscored
 
 FORMAT = 1
 SCORES = "scores"
@@ -53,17 +54,28 @@ class Cost:
     tokens_out: int = 0
     price_in: float | None = None
     price_out: float | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, tokens_in: int, tokens_out: int) -> None:
-        self.calls += 1
-        self.tokens_in += tokens_in
-        self.tokens_out += tokens_out
+        """One more question, which may have taken several tries. Safe for several threads."""
+        with self._lock:
+            self.calls += 1
+            self.tokens_in += tokens_in
+            self.tokens_out += tokens_out
 
     @property
     def dollars(self) -> float | None:
         if self.price_in is None or self.price_out is None:
             return None
         return (self.tokens_in * self.price_in + self.tokens_out * self.price_out) / 1e6
+
+    def after(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """With what earlier calls of the command spent on the same run; dollars only where all prices are known."""
+        names = ("calls", "tokens_in", "tokens_out")
+        total: dict[str, Any] = {name: before.get(name, 0) + getattr(self, name) for name in names}
+        parts = ((before.get("calls", 0), before.get("dollars")), (self.calls, self.dollars))
+        dollars = [each for calls, each in parts if calls]
+        return total | {"dollars": None if None in dollars else sum(filter(None, dollars))}
 
     def __str__(self) -> str:
         text = f"{self.calls:,} calls, {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
@@ -134,12 +146,10 @@ class Scoring:
         """Ask all that is open. Raises JudgeError when the judge fails many times on end: it is down, not the cases."""
         patience = max(3, concurrency)
         failures = 0
-        answers = in_parallel(self._ask, list(self.open), concurrency, self.judge.stop)
+        answers = in_parallel(lambda ask: self._ask(ask, spent), list(self.open), concurrency, self.judge.stop)
         for answered in answers:
             case, name = answered.ask.case, answered.ask.dimension.name
             self.entries[case.id][name] = answered.entry
-            if answered.down is None:
-                spent.add(answered.entry.get("tokens_in", 0), answered.entry.get("tokens_out", 0))
             failures = failures + 1 if answered.down else 0
             yield answered
             if failures >= patience:
@@ -148,17 +158,22 @@ class Scoring:
                     "what is scored is kept, the same command goes on from here"
                 )
 
-    def _ask(self, ask: Ask) -> Answered:
+    def _ask(self, ask: Ask, spent: Cost) -> Answered:
+        """Ask and keep the answer; counted and kept here, so that what comes in after an interrupt is not lost."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             rating = self.judge.rate(ask.case, ask.dimension)
         except Unscored as error:
+            spent.add(error.tokens_in, error.tokens_out)
             told = {"unscored": str(error), "tokens_in": error.tokens_in, "tokens_out": error.tokens_out}
             return Answered(ask, told)
         except JudgeError as error:
+            if isinstance(error, JudgeDown) and error.tokens_in + error.tokens_out:
+                spent.add(error.tokens_in, error.tokens_out)
             return Answered(ask, {"unscored": str(error)}, str(error))
         except ReplanError as error:  # a picture that cannot be read
             return Answered(ask, {"unscored": str(error)})
+        spent.add(rating.tokens_in, rating.tokens_out)
         about = self.judge.describe()
         entry = {
             "score": rating.score,
@@ -171,23 +186,24 @@ class Scoring:
             "tokens_out": rating.tokens_out,
         }
         self.kept.put(ask.key, entry)
+        self.entries[ask.case.id][ask.dimension.name] = entry
         return Answered(ask, entry)
 
     def save(self, run: Mapping[str, Any], spent: Cost) -> Path:
         """Write the scores as they are now. Returns the file."""
         about = self.judge.describe()
         path = self.folder / SCORES / f"{about['name']}.json"
+        before = read_json(path).get("spent", {})
         record.write_json(
             {
                 "format": FORMAT,
                 "judge": dict(about),
                 "run": {"settings": run["settings"], "data": run["data"], "bad_rows": run["bad_rows"]},
-                "spent": {"calls": spent.calls, "tokens_in": spent.tokens_in, "tokens_out": spent.tokens_out,
-                          "dollars": spent.dollars},
+                "spent": spent.after(before),
                 "items": [self._row(item) for item in self.items],
             },
             path,
-        )  # fmt: skip
+        )
         return path
 
     def _row(self, item: Item) -> dict[str, Any]:
@@ -197,7 +213,11 @@ class Scoring:
         entries = self.entries[item.id]
         ratings = {name: dict(entries.get(name, {"unscored": "not asked yet"})) for name in DIMENSIONS}
         seconds = read_json(self.folder / str(item.id) / SECONDS)
-        times = {stage: value for stage, value in seconds.items() if isinstance(value, int | float) and stage != "load"}
+        times = {
+            stage: value
+            for stage, value in seconds.items()
+            if isinstance(value, int | float) and stage not in ("load", "queue")
+        }
         return found | {"ratings": ratings, "seconds": round(sum(times.values()), 4) if times else None}
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from replan.judge.base import DIMENSIONS, Case, Dimension, Judge, JudgeConfig, Rating, Unscored, load_judge
+from replan.judge.base import DIMENSIONS, Case, Dimension, Judge, JudgeConfig, JudgeDown, Rating, Unscored, load_judge
 
-__all__ = ["DIMENSIONS", "Case", "Dimension", "Judge", "JudgeConfig", "Rating", "Unscored", "load_judge"]
+__all__ = ["DIMENSIONS", "Case", "Dimension", "Judge", "JudgeConfig", "JudgeDown", "Rating", "Unscored", "load_judge"]

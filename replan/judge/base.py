@@ -41,6 +41,14 @@ class Unscored(JudgeError):
         self.tokens_in, self.tokens_out = tokens_in, tokens_out
 
 
+class JudgeDown(JudgeError):
+    """The judge itself failed at a case on which `tokens` had been spent before, on answers of no use."""
+
+    def __init__(self, text: str, tokens_in: int = 0, tokens_out: int = 0) -> None:
+        super().__init__(text)
+        self.tokens_in, self.tokens_out = tokens_in, tokens_out
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """An edit to judge. The pictures are loaded when they are looked at; the digests are of their files' bytes."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from replan.chat import ChatError, Patient, Question, Refused, Reply, Service, open_service
 from replan.errors import JudgeError
-from replan.judge.base import DIMENSIONS, Case, Dimension, JudgeConfig, Rating, Unscored
+from replan.judge.base import DIMENSIONS, Case, Dimension, JudgeConfig, JudgeDown, Rating, Unscored
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,23 +30,26 @@ class BadAnswer(ValueError):
 
 
 class VlmJudge:
-    """Asks a service. The same settings, pictures and prompt have the same key, so that no score is paid twice."""
+    """Asks a service. The same model, settings, pictures and prompt have the same key, so that no score is paid twice;
+    the address is not part of it: a server that comes back elsewhere is the same judge."""
 
     def __init__(self, service: Service, spec: str, model: str, config: JudgeConfig) -> None:
         self.patient = Patient(service, config.retries, config.backoff)
         self.spec = spec
         self.model = model
         self.config = config
+        self._sizes: dict[str, tuple[int, int]] = {}  # of results, by digest: a picture is not decoded per question
 
     def describe(self) -> Mapping[str, Any]:
         prompts = {name: prompt_hash(name) for name in DIMENSIONS}
-        settings = {"model": self.model, "service": self.spec.partition("#")[0], **self._settings(), "prompts": prompts}
+        settings = {"model": self.model, **self._settings(), "prompts": prompts}
         mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        return {"name": f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model)}-{mark}", **settings}
+        name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model)}-{mark}"
+        return {"name": name, "service": self.spec.partition("#")[0], **settings}
 
     def key(self, case: Case, dimension: Dimension) -> str | None:
         fields = {
-            "model": [self.spec.partition("#")[0], self.model],
+            "model": self.model,
             "settings": self._settings(),
             "prompt": fill(dimension, case),
             "pictures": [case.source_sha256 if dimension.sees_source else None, case.result_sha256],
@@ -54,29 +57,32 @@ class VlmJudge:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def estimate(self, case: Case, dimension: Dimension) -> tuple[int, int]:
-        image = case.result()
+        if case.result_sha256 not in self._sizes:
+            self._sizes[case.result_sha256] = case.result().size
         pictures = 2 if dimension.sees_source else 1
-        return pictures * self._picture_tokens(*image.size) + len(fill(dimension, case)) // 4, _ANSWER_TOKENS
+        seen = pictures * self._picture_tokens(*self._sizes[case.result_sha256])
+        return seen + len(fill(dimension, case)) // 4, _ANSWER_TOKENS
 
     def rate(self, case: Case, dimension: Dimension) -> Rating:
-        """Ask, and ask again while the answer cannot be used."""
+        """Ask, and ask again while the answer cannot be used. Every outcome says what all tries cost."""
         spent_in = spent_out = 0
         why = ""
         for _ in range(self.config.tries):
-            reply: Reply | None = None
             try:
-                reply = self.patient.ask(self._question(case, dimension, why))
+                reply: Reply | Refused = self.patient.ask(self._question(case, dimension, why))
+            except Refused as refusal:
+                reply, why = refusal, str(refusal)
+            except ChatError as error:
+                raise JudgeDown(f"judge {self.spec}: {error}", spent_in, spent_out) from error
+            spent_in, spent_out = spent_in + reply.tokens_in, spent_out + reply.tokens_out
+            if isinstance(reply, Refused):
+                continue
+            try:
                 score, reason = read_answer(reply, dimension)
             except BadAnswer as error:
                 why = str(error)
-            except Refused as error:
-                why = str(error)
-            except ChatError as error:
-                raise JudgeError(f"judge {self.spec}: {error}") from error
             else:
-                return Rating(score, reason, reply.model, spent_in + reply.tokens_in, spent_out + reply.tokens_out)
-            if reply is not None:
-                spent_in, spent_out = spent_in + reply.tokens_in, spent_out + reply.tokens_out
+                return Rating(score, reason, reply.model, spent_in, spent_out)
         raise Unscored(f"{why} ({self.config.tries} tries)", spent_in, spent_out)
 
     def stop(self) -> None:

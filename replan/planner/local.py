@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from replan.errors import ConfigError, PlannerError
+from replan.hub import absent, unreachable
 from replan.images import ImageLimits, check_size, fit_area, to_rgb
 from replan.plan import is_complete
 from replan.planner.base import (
@@ -275,6 +276,8 @@ def load_local(
             name, dtype=dtype, attn_implementation=attention, **extra
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if unreachable(error):
+            raise PlannerError(absent(f"planner {name}")) from error
         raise PlannerError(
             f"planner {name!r} cannot be loaded: {error}\nName a folder with a transformers image-text-to-text model, "
             "a hub id, mini, or a service (http(s)://host/v1#model, openai:model, gemini:model)"

@@ -11,7 +11,8 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import Form, Request, UploadFile
@@ -31,6 +32,12 @@ _OLD_ROLES = (
     (r"noise bbox (\d+)", r"noise region \1"), (r"image bbox (\d+)", r"ref region \1"), (r"bbox (\d+)", r"region \1"),
     (r"noise background", "noise background"), (r"image background", "ref background"), (r"background", "background"),
 )  # fmt: skip
+# What a caller of an older shape calls a field or a setting of ours.
+_OF_ANSWER = {"image": "image_base64", "plan": "response", "settings": "attention_rules"}
+_OF_PROMPT = {
+    "instruction": "prompt", "steps": "num_inference_steps", "guidance": "guidance_scale", "true_cfg": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}  # fmt: skip
 EXAMPLE_ANSWER = (
     "<think>the left cup is meant</think><gen_image>keep the rest</gen_image>"
     '<region>[{"bbox_2d": [2, 2, 9, 12], "hint": "a red cup"}]</region>'
@@ -54,7 +61,7 @@ class Generation(BaseModel):
     delete_main_prompt: bool = False
     replace_global_prompt: bool = False
     custom_global_prompt_text: str | None = Field(default=None, max_length=4000)
-    expand_value: float = Field(default=0.15, ge=0)
+    expand_value: float = Field(default=0.15, ge=0, allow_inf_nan=False)
     expand_mode: Literal["ratio", "pixels"] = "ratio"
     attention_rules: dict[str, bool] | None = Field(
         default=None, description='{"Hint 1, BBox 1": true}; absent = false.'
@@ -76,7 +83,7 @@ class Wanted(BaseModel):
     prompt: str = Field(min_length=1, max_length=4000)
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="Null draws one; the reply names it.")
     num_inference_steps: int | None = Field(default=None, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     negative_prompt: str | None = Field(default=None, max_length=4000)
     enhance_prompt: bool | None = Field(
         default=None, description="Accepted and without effect: the planner does this here."
@@ -90,13 +97,15 @@ def add_adapters(service: Service, edit: Edit) -> None:
     @app.post("/v1/images/generations", tags=["other shapes"], summary="Edit by a planner's answer")
     async def generations(request: Request, call: Generation) -> dict[str, Any]:
         """The first RePlan's edit server."""
-        reply = await edit(request, by_answer(call, limits))
+        with _in_words_of(_OF_ANSWER):
+            reply = await edit(request, by_answer(call, limits))
         return {"data": [{"final_image_base64": reply.image}]}
 
     async def wanted(request: Request, call: Wanted) -> dict[str, Any]:
         start = time.monotonic()
         guided = service.engine.describe().get("config", {}).get("true_cfg") is not None
-        reply = await edit(request, by_prompt(call, guided=guided))
+        with _in_words_of(_OF_PROMPT):
+            reply = await edit(request, by_prompt(call, guided=guided))
         return {
             "success": True,
             "task_id": reply.id,
@@ -121,7 +130,7 @@ def add_adapters(service: Service, edit: Edit) -> None:
         prompt: Annotated[str, Form(min_length=1, max_length=4000)],
         seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
         num_inference_steps: Annotated[int | None, Form(ge=1)] = None,
-        guidance_scale: Annotated[float | None, Form(ge=0)] = None,
+        guidance_scale: Annotated[float | None, Form(ge=0, allow_inf_nan=False)] = None,
         negative_prompt: Annotated[str | None, Form(max_length=4000)] = None,
     ) -> dict[str, Any]:
         """The same with the picture as a file."""
@@ -136,7 +145,19 @@ def add_adapters(service: Service, edit: Edit) -> None:
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
         )
-        return await wanted(request, call)
+        with _in_words_of({"image": "image_file"}):
+            return await wanted(request, call)
+
+
+@contextmanager
+def _in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Problems inside name the field that the caller sent; ours of settings begin with the setting at fault."""
+    try:
+        yield
+    except Problem as problem:
+        setting = problem.message.partition(" ")[0].rstrip(":") if problem.field == "settings" else ""
+        problem.field = names.get(setting) or names.get(problem.field or "", problem.field)
+        raise
 
 
 def by_prompt(call: Wanted, *, guided: bool) -> wire.EditCall:

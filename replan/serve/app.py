@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeVar
 
@@ -144,9 +144,15 @@ async def _problem(request: Request, error: Exception) -> JSONResponse:
 async def _validation(request: Request, error: Exception) -> JSONResponse:
     """The first mistakes by field; never the input itself, which may be a picture."""
     assert isinstance(error, RequestValidationError)
-    found = [(".".join(str(part) for part in each["loc"][1:]) or "body", str(each["msg"])) for each in error.errors()]
+    found = [(_field(each), str(each["msg"])) for each in error.errors()]
     field = found[0][0] if found else "body"
     return _answer(Problem(422, "invalid", "; ".join(f"{name}: {text}" for name, text in found[:8]), field))
+
+
+def _field(mistake: Mapping[str, Any]) -> str:
+    """The field of a mistake; what is no JSON has none, only a place in the body."""
+    inner = () if mistake["type"] == "json_invalid" else mistake["loc"][1:]
+    return ".".join(map(str, inner)) or "body"
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

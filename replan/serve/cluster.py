@@ -200,7 +200,11 @@ def running(setup: Setup, limits: Limits, cluster: Cluster) -> Iterator[str]:
 
     if not ray.is_initialized():
         own = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False, "num_cpus": max(4, cluster.replicas)}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+        except Exception as error:  # Ray raises bare exceptions, of a start that takes too long as of a wrong address
+            where = f" at RAY_ADDRESS = {os.environ['RAY_ADDRESS']}" if "RAY_ADDRESS" in os.environ else ""
+            raise ServiceError(f"Ray did not start{where}: {error}") from error
     try:
         serve.start(
             proxy_location="HeadOnly", http_options=HTTPOptions(host=cluster.host, port=cluster.port),
@@ -209,7 +213,7 @@ def running(setup: Setup, limits: Limits, cluster: Cluster) -> Iterator[str]:
         try:
             serve.run(application(setup, limits, cluster), name=APP, route_prefix="/")
         except RuntimeError as error:  # Ray's word for replicas that do not come up
-            raise ServiceError(f"the replicas did not start: {error}") from error
+            raise ServiceError(f"the replicas did not start: {_why() or error}") from error
         yield f"http://{cluster.host}:{cluster.port}"
     finally:
         serve.shutdown()

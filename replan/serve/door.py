@@ -88,9 +88,11 @@ class Door:
             async with asyncio.timeout(min(self.limits.timeout, BODY_SECONDS)):
                 while more:
                     message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Problem(499, "timeout", "the client has gone before its request was whole")
                     messages.append(message)
                     size += len(message.get("body", b""))
-                    more = message["type"] == "http.request" and message.get("more_body", False)
+                    more = message.get("more_body", False)
                     if size > self.limits.max_bytes:
                         raise self._too_large()
         except TimeoutError as error:

@@ -144,8 +144,8 @@ class Local(Generic[W, R]):
         except Conflict as error:
             raise Problem(409, "conflict", str(error), "id") from error
         except TimeoutError as error:
-            waited = time.monotonic() - started
-            raise Problem(504, "timeout", f"not done within {waited:.1f} s; it was stopped", "timeout") from error
+            waited = round(time.monotonic() - started, 2)
+            raise Problem(504, "timeout", f"not done within {waited:g} s; it was stopped", "timeout") from error
         except (PlannerError, ServiceError) as error:
             raise Problem(503, "unavailable", str(error), after=5) from error
         except Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from replan.images import fit_area
 from replan.plan import default_template
 from replan.planner.base import PROMPT_FILE, prompt_parts
 from replan.train.data import FORMAT, IMAGE, Row, Task, need_pyarrow, prompt_content, write_rows
+from replan.train.detection import read_objects, rescaled
 from replan.train.reward import Kind, examples_of
 from replan.types import Size
 
@@ -97,6 +99,9 @@ def build(settings: BuildConfig, path: Path) -> Built:
         except ImageError as error:
             broken.append(BadRow(item.id, f"image: {error}"))
             continue
+        except RowError as error:
+            broken.append(BadRow(item.id, str(error)))
+            continue
         length = _length(row, tokenizer, settings)
         if length > settings.max_prompt:
             overlong.append(BadRow(item.id, f"prompt of {length} tokens: max_prompt is {settings.max_prompt}"))
@@ -111,16 +116,26 @@ def build(settings: BuildConfig, path: Path) -> Built:
 
 
 def make_row(item: Item, index: int, template: str, settings: BuildConfig) -> Row:
-    """One item as a row. Raises ImageError."""
+    """One item as a row. Raises ImageError, and RowError for a detection row without known objects."""
     image = item.image()
-    seen = fit_area(Size(*image.size), settings.max_pixels, settings.multiple)
-    if seen != image.size:
+    size = Size(*image.size)
+    seen = fit_area(size, settings.max_pixels, settings.multiple)
+    if seen != size:
         image = image.resize(seen)
     frame = Size(1000, 1000) if settings.frame == "thousand" else seen
     before, after = prompt_parts(_safe(template), _safe(item.instruction), frame)
     prompt = before + IMAGE + after if settings.order == "text_first" else IMAGE + before + after
-    task = Task(item.id, item.instruction, item.expression, item.answer, frame, examples_of(template), item.extra)
+    answer = _objects(item.answer, size, frame) if settings.kind == "detection" else item.answer
+    task = Task(item.id, item.instruction, item.expression, answer, frame, examples_of(template), item.extra)
     return Row(index, prompt, _png(image), task)
+
+
+def _objects(answer: str, size: Size, frame: Size) -> str:
+    """A detection row's answer, measured in the frame in which the planner answers. Raises RowError."""
+    try:
+        return json.dumps(rescaled(read_objects(answer), size, frame))
+    except ValueError as error:
+        raise RowError(f"answer: {error}") from error
 
 
 def _items(settings: BuildConfig) -> tuple[Iterator[Item] | tuple[Item, ...], list[BadRow]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from replan.train.reward import PLACEHOLDERS, Reward
+from replan.types import Size
 
 MOST = 120  # objects; further ones are not looked at
 NEAR_BOX, NEAR_POINT, OVERLAP = 10.0, 30.0, 0.5  # pixels, pixels, IoU
@@ -50,6 +51,32 @@ def detection_reward(answer: str, wanted: Sequence[Mapping[str, Any]]) -> Reward
     found = accuracy(spots, [_spot(item) for item in wanted[:MOST]])
     fresh = float(_is_fresh(reasoning))
     return Reward(formed + found + fresh, {"format": formed, "accuracy": found, "fresh": fresh})
+
+
+def read_objects(answer: str) -> list[dict[str, Any]]:
+    """A detection row's known objects: the JSON list that is its answer. Raises ValueError."""
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON list of objects with bbox_2d: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(item, dict) and _spot(item).box for item in found):
+        raise ValueError("must be a JSON list of objects, each with a bbox_2d of four numbers")
+    return found
+
+
+def rescaled(objects: Sequence[Mapping[str, Any]], source: Size, target: Size) -> list[dict[str, Any]]:
+    """Objects known in a picture of size `source`, as they lie in one of size `target`."""
+    x, y = target.width / source.width, target.height / source.height
+    found: list[dict[str, Any]] = []
+    for item in objects:
+        spot = _spot(item)
+        moved = {"bbox_2d": spot.box, "point_2d": spot.point}
+        placed = {
+            name: [round(value * (x, y)[at % 2], 2) for at, value in enumerate(numbers)]
+            for name, numbers in moved.items() if numbers is not None
+        }  # fmt: skip
+        found.append({**item, **placed})
+    return found
 
 
 def accuracy(found: Sequence[Spot], wanted: Sequence[Spot]) -> float:

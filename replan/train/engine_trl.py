@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ def train(config: GrpoConfig, scorer: Scorer | None = None) -> Path:
         engine = {name: value for name, value in arguments.to_dict().items() if not name.startswith("push_to_hub")}
         run.start(config, rows, val, json.loads(json.dumps(engine, default=str)))
         trainer._rewarder.log = run.RolloutLog(config.output, _step(last))
+        os.environ.setdefault("WANDB_PROJECT", "replan")
+        os.environ.setdefault("WANDB_DIR", str(config.output.absolute()))
     if last is not None:
         log.info("going on from %s", last)
     try:
@@ -165,18 +168,21 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
     from accelerate import PartialState
 
     rollout, policy, optim = config.rollout, config.policy, config.optim
-    world = PartialState().num_processes
+    on_gpu = torch.cuda.is_available()
+    world = PartialState(cpu=not on_gpu).num_processes  # without `cpu` it would see one process where FSDP has several
     if config.rollouts % (optim.micro * world):
         raise ConfigError(
             f"optim.micro = {optim.micro} on {world} processes: must divide the {config.rollouts} rollouts of a step"
         )
     for name in config.loggers:
-        if name != "console" and importlib.util.find_spec(name) is None:
+        if name != "console" and not _is_installed(name):
             raise ConfigError(f"loggers: {name} is not installed: pip install {name}, or leave it out")
-    on_gpu = torch.cuda.is_available()
+    if rollout.vllm != "off" and not _is_installed("vllm"):
+        raise ConfigError(f"rollout.vllm = {rollout.vllm}: vLLM is not installed: pip install 'trl[vllm]', or use off")
     ours: dict[str, Any] = {
         "output_dir": str(config.output), "max_steps": config.steps, "seed": config.seed, "data_seed": config.seed,
         "use_cpu": not on_gpu, "bf16": on_gpu, "disable_tqdm": True, "logging_steps": 1,
+        "run_name": config.output.name,
         "report_to": [name for name in config.loggers if name != "console"] or "none",
         "per_device_train_batch_size": optim.micro,
         "gradient_accumulation_steps": config.rollouts // (optim.micro * world),
@@ -202,6 +208,12 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
             "vllm_tensor_parallel_size": rollout.tensor_parallel, "vllm_gpu_memory_utilization": rollout.memory,
         }  # fmt: skip
     return ours | _known(config)
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name is no package: W&B leaves one wherever it ran."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _divisor(count: int, most: int) -> int:

@@ -221,6 +221,7 @@ def _trainer(config: GrpoConfig) -> dict[str, Any]:
         "trainer.default_local_dir": str(output / CHECKPOINTS),
         "trainer.resume_mode": "auto",
         "+ray_kwargs.ray_init.runtime_env.env_vars.TENSORBOARD_DIR": str(output / "tensorboard"),
+        "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_DIR": os.environ.get("WANDB_DIR", str(output)),
     }
 
 

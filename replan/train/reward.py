@@ -147,7 +147,7 @@ def _single(text: str) -> bool:
 def _score_content(
     text: str, listed: str | None, items: list[Any] | None, examples: Examples, config: RewardConfig
 ) -> float:
-    """K. A missing tag earns nothing here (F punishes it); an empty or placeholder text costs 20."""
+    """K. A missing tag earns nothing here (F punishes it); a placeholder or an empty global prompt costs 20."""
     step = 0.25 if config.think else 0.5
     score = 0.0 if listed is None else step if items is not None else -step
     reasoning, prompt = _section(text, "think"), _section(text, "gen_image")
@@ -158,7 +158,7 @@ def _score_content(
     if prompt is not None:
         score += step * min(len(prompt) / (20 if config.think else 5), 1.0)
         score += _NEGATIVE * (not prompt or _is_placeholder(prompt))
-        score -= 0.25 * (len(prompt) > config.longest)
+        score -= step * (len(prompt) > config.longest)
     return score
 
 

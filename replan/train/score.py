@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from replan.errors import ConfigError, PlanError, ReplanError
 from replan.judge import DIMENSIONS, Case
 from replan.plan import parse
-from replan.train.detection import detection_reward
+from replan.train.detection import detection_reward, read_objects
 from replan.train.reward import RewardConfig, TextScore, edit_reward, format_reward, is_open, score_text
 from replan.types import Edit, EditRequest, Failure, Plan, Size
 
@@ -199,14 +199,9 @@ def _case(row: Row, picture: Image) -> Case:
     )
 
 
-def _objects(row: Row) -> list[Mapping[str, Any]]:
-    """The known objects of a detection row: its answer is their JSON list."""
-    import json
-
+def _objects(row: Row) -> list[dict[str, Any]]:
+    """The known objects of a detection row."""
     try:
-        found = json.loads(row.task.answer)
+        return read_objects(row.task.answer)
     except ValueError as error:
-        raise ConfigError(f"row {row.index}: its answer is no JSON list of objects with bbox_2d: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise ConfigError(f"row {row.index}: its answer must be a JSON list of objects with bbox_2d")
-    return found
+        raise ConfigError(f"row {row.index}: its answer is {error}; build the data with kind=detection") from error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -32,6 +33,7 @@ class Rewarder:
         self.config, self.train, self.val, self.patience = config, train, val, patience
         self._decode = decode
         self.outage: str | None = None
+        self.told: list[tuple[int, Scored]] = []  # the last batch's rows and what became of them, without pictures
         self.log: RolloutLog | None = None  # the first process's
         self.is_training = True
 
@@ -46,8 +48,8 @@ class Rewarder:
             return [None] * len(rows)
         self._tell(outcomes, given["log_metric"])
         step = given["trainer_state"].global_step
-        if self.is_training and self.log is not None:
-            self.log.add(step, [row.index for row in rows], outcomes)
+        bare = (Scored(one.value, failure=one.failure) for one in outcomes)
+        self.told = [(row.index, one) for row, one in zip(rows, bare, strict=True)]
         if self.log is not None and self.config.samples and step % self.config.samples == 0:
             name = f"{'train' if self.is_training else 'val'}-step-{step:06d}"
             samples.write(self.config.output, name, rows, answers, outcomes)
@@ -87,6 +89,10 @@ class PlannerTrainer(GRPOTrainer):
         if outages.any():
             raise Outage(self._rewarder.outage or "another process could not score its rollouts")
         self._failed = rewards.isnan().all(dim=1)
+        if self._rewarder.is_training:
+            told: list[tuple[int, Scored]] = gather_object(self._rewarder.told)  # of all processes
+            if self._rewarder.log is not None:
+                self._rewarder.log.add(self.state.global_step, *zip(*told, strict=True))
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from replan.backbones import default_config
 from replan.backbones.base import EditConfig
+from replan.backbones.runtime import Runtime
 from replan.config import load
 from replan.demo.board import Board, mask_config, name_of, presets, role_of, tables, with_preset
 from replan.demo.forms import with_seed
 from replan.demo.jobs import reasoning_of
 from replan.demo.matrix import NO_BOXES, matrix_value, share_line
-from replan.demo.settings import Settings, command, edit_config
+from replan.demo.settings import Settings, command, edit_config, runtime_words
 from replan.errors import ConfigError
 from replan.rules import MaskConfig, Role, RoleKind, load_rules, phase_rules, schedule
 
@@ -93,6 +96,32 @@ def test_the_command_means_the_same_settings() -> None:
     assert Flags(backbone="mini").setup().config == own
 
 
+def test_the_command_runs_the_models_as_the_demo_does(tmp_path: Path) -> None:
+    own = default_config("mini")
+    (tmp_path / "style.safetensors").touch()
+    loras = (str(tmp_path / "style.safetensors"), "owner/name")
+    runtime = Runtime(offload="model", vae_tiling=True, lora=loras)
+    words = runtime_words(runtime)
+    assert words == ("--offload", "model", "--vae-tiling", "--lora", loras[0], "--lora", loras[1])
+    assert runtime_words(Runtime()) == ()
+    line = shlex.split(command("a.png", "redder", PLAIN, own, own, plan=False, runtime=words))
+    assert line[-len(words) - 2 : -2] == list(words)
+
+
+@pytest.mark.parametrize("text", ["--help", "steps=3", "-", "= =", "a=b"])
+@pytest.mark.parametrize("plan", [True, False])
+def test_no_instruction_is_read_as_an_option(text: str, plan: bool) -> None:
+    from typer.testing import CliRunner
+
+    from replan.cli import app
+
+    own = default_config("mini")
+    words = shlex.split(command("missing.png", text, PLAIN, own, own, plan=plan))
+    told = CliRunner().invoke(app, words[1:])
+    assert told.exit_code == 2
+    assert "missing.png" in told.output  # the picture is what was looked for, nothing before it went wrong
+
+
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"candidates": 99}, {"seed": -1}, {"expand": 2.0}, {"guidance": True}])
 def test_settings_out_of_range_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
@@ -114,3 +143,24 @@ def test_a_preset_brings_its_other_settings() -> None:
     own = replace(OWN, pooled="main")
     assert mask_config(with_preset("direct", own), (5,), own, 0.1).pooled == "none"
     assert mask_config(with_preset("backbone", own), (5,), own, 0.1).pooled == "main"
+
+
+def test_a_history_of_large_pictures_is_short() -> None:
+    from replan.demo.boxes import NOTHING
+    from replan.demo.session import MOST_ENTRIES, Entry, Session
+
+    def entry(side: int) -> Entry:
+        picture = SimpleNamespace(width=side, height=side)
+        edit = SimpleNamespace(image=picture)
+        return Entry(picture, "a.png", "", "", None, NOTHING, PLAIN, Board(), (edit,))  # type: ignore[arg-type]
+
+    session = Session()
+    for _ in range(20):
+        session.remember(entry(96))
+    assert len(session.entries) == MOST_ENTRIES
+    session.remember(entry(8000))
+    assert len(session.entries) == MOST_ENTRIES
+    session.remember(entry(8000))
+    assert len(session.entries) == 1
+    session.remember(entry(12_000))
+    assert len(session.entries) == 1  # the last one stays, whatever its size

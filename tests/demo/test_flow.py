@@ -115,6 +115,55 @@ def test_draw_undo_redo_duplicate_order_keep_delete(visit: Visit) -> None:
     assert len(one.regions()) == 4
 
 
+def test_whole_edges_resize_and_the_smallest_box_is_taken(visit: Visit) -> None:
+    one = visit().pick()
+    page = one.page
+    one.drag((10, 10), (60, 60))
+    page.keyboard.press("Escape")
+    one.drag((60, 20), (64, 20))  # an edge, far from its middle
+    one.drag((20, 60), (20, 70))
+    assert one.regions()[0][1] == (10, 10, 64, 70)
+    page.keyboard.press("Escape")
+    one.drag((70, 80), (90, 90))
+    page.keyboard.press("Escape")
+    one.drag((80, 85), (50, 50))  # into the large one
+    page.keyboard.press("Escape")
+    assert page.locator(".bx-box[aria-pressed=true]").count() == 0
+    for place, number in (((50, 50), 2), ((15, 15), 1), ((50, 50), 2)):
+        page.mouse.click(*one.client(*place))
+        assert page.locator(".bx-box[aria-pressed=true]").get_attribute("aria-label").startswith(f"Region {number}")
+    page.mouse.click(*one.client(90, 15))  # empty space
+    assert page.locator(".bx-box[aria-pressed=true]").count() == 0
+    page.keyboard.press("Delete")  # nothing is selected and nothing is being typed
+    assert len(one.regions()) == 2
+
+
+def test_undo_by_key_from_anywhere_but_a_text(visit: Visit) -> None:
+    one = visit()
+    assert one.page.locator(".bx [data-do=undo]").is_disabled()
+    one.pick()
+    page = one.page
+    one.drag((10, 10), (60, 60))
+    page.locator("#plan").focus()
+    page.keyboard.press("Control+z")
+    assert one.regions() == []
+    page.keyboard.press("Control+Shift+z")
+    assert len(one.regions()) == 1
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Control+z")
+    assert len(one.regions()) == 1
+
+
+def test_what_the_models_cannot_do_is_said(visit: Visit) -> None:
+    one = visit().pick(len(examples()) - 1)
+    assert "know their own drawn scenes only" in one.notice("rocket.png, 640 × 427")
+    one.drag((100, 100), (300, 300))
+    assert one.page.locator(".bx-off").is_hidden()
+    one.page.click("#baseline input")
+    assert one.page.locator(".bx-off").is_visible()
+    one.shot("baseline")
+
+
 def test_boxes_stay_on_their_object(visit: Visit) -> None:
     one = visit().pick()
     one.drag((20, 20), (50, 50))
@@ -288,6 +337,9 @@ def test_the_matrix_has_an_effect_or_says_why_not(visit: Visit, demo: Demo) -> N
     assert "cannot be changed" in said.inner_text()
     page.locator(".mx-tabs [data-phase=late]").click()
     assert "Lower the locality share" in said.inner_text()
+    page.get_by_label("main reads noise background").click()
+    page.get_by_label("main does not read noise background").wait_for()  # the part looked at is still the idle one
+    assert "main does not read noise background. No effect: no step is left" in said.inner_text()
     page.click("#reset")
     page.get_by_label("hint 1 reads noise background").wait_for()
 

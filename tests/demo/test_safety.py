@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from visitors import Demo, Visitor
+from visitors import Demo, Visitor, wait_until
 
 from replan.demo.boxes import read_canvas
 from replan.demo.notice import notice
@@ -96,6 +96,52 @@ def test_uploads_leave_no_file_and_routes_give_none(visit: Visit, demo: Demo, tm
         assert refused.value.code in (403, 404)
 
 
+def test_no_upload_can_be_fetched_by_its_path(demo: Demo) -> None:
+    """Not even by someone who knows the bytes, and with them the folder that Gradio names after their hash."""
+    form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nsecret\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    with urllib.request.urlopen(urllib.request.Request(f"{demo.url}gradio_api/upload", form, kind), timeout=10) as sent:
+        (path,) = json.load(sent)
+    assert Path(path).read_text() == "secret"  # it waits for a handler; what nobody claims is swept later
+    try:
+        for route in ("gradio_api/file=", "gradio_api/file/", "file=", "gradio_api/%66ile="):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{demo.url}{route}{path}", timeout=10)
+            assert refused.value.code == 404, route
+    finally:
+        Path(path).unlink()
+
+
+def test_a_file_that_is_too_large_is_refused_in_place(visit: Visit, tmp_path: Path) -> None:
+    from replan.demo.uploads import MOST_BYTES
+
+    (tmp_path / "large.png").write_bytes(bytes(MOST_BYTES + 500_000))
+    one = visit().pick()
+    one.page.set_input_files("#left input[type=file]", str(tmp_path / "large.png"))
+    assert "25.5 MB: at most 25 MB. Make it smaller" in one.notice("MB")
+    assert one.page.get_by_test_id("toast-body").count() == 0
+
+
+def test_a_session_goes_after_its_page(visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+
+    from replan.demo.session import Session
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(one) is Session and one.name == "mine-alone.png" for one in gc.get_objects())
+
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # one second instead of an hour after the page has gone
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "mine-alone.png")
+    one = visit()
+    one.page.set_input_files("#left input[type=file]", str(tmp_path / "mine-alone.png"))
+    one.page.wait_for_selector(".bx[data-empty=false]")
+    one.page.wait_for_timeout(2500)
+    assert kept() == 1  # as long as the page is open
+    one.page.context.close()
+    wait_until(lambda: kept() == 0, 30)
+
+
 def test_no_handler_is_an_open_endpoint(demo: Demo) -> None:
     with urllib.request.urlopen(f"{demo.url}gradio_api/info", timeout=10) as answer:
         info = json.load(answer)
@@ -109,6 +155,21 @@ def test_it_listens_on_loopback_only(demo: Demo) -> None:
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     hosts = {row[1].split(":")[0] for row in listening if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
     assert hosts == {"0100007F"}
+
+
+def test_a_taken_port_is_a_users_mistake() -> None:
+    import socket
+
+    from replan.demo.serve import Place, running
+    from replan.demo.studio import Studio
+    from replan.errors import ConfigError
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .*--port"), running(Studio({}, {}, {}), Place(port=port)):
+            pass
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"), running(Studio({}, {}, {}), Place("192.0.2.1", 0)):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,30 @@ def test_both_places_of_the_referring_expression(extra: dict[str, Any], tmp_path
         assert bench.notes == ()
 
 
+@pytest.mark.parametrize("empty", [None, {"bytes": None, "path": None}, {"bytes": None, "path": "/no/such.png"}])
+def test_a_missing_picture_in_parquet_is_one_bad_row(empty: Any, tmp_path: Path) -> None:
+    whole = {"bytes": next(rows.rows("test", 1))["image"], "path": None}
+    made = [{"image": image, "prompt": "p", "extra_info": "{}"} for image in (whole, empty)]
+    datasets.Dataset.from_list(made).to_parquet(tmp_path / "x.parquet")
+    bench = load_bench(DataConfig(source=str(tmp_path / "x.parquet")))
+    assert ([item.id for item in bench.items], [row.index for row in bench.bad]) == ([0], [1])
+
+
+def test_lines_end_where_json_lines_end_and_bytes_that_are_no_text_are_one_bad_row(tmp_path: Path) -> None:
+    config = write_jsonl(tmp_path)
+    lines = [
+        json.dumps(good(prompt="one\u2028two\x85three"), ensure_ascii=False).encode(),
+        b"\xff\xfe\x00",
+        b"[" * 9999,
+    ]
+    Path(config.source).write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    bench = load_bench(config)
+    assert [item.instruction for item in bench.items] == ["one\u2028two\x85three"]
+    assert [row.index for row in bench.bad] == [1, 2]
+
+
 BAD = [
+    (good(image="a.b" * 2000), "image: File name too long"),
     ("{oops", "not valid JSON"),
     ("[1]", "should be an object"),
     (good(prompt="  "), "prompt: '  ' should be a text"),
@@ -156,6 +179,9 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
             load_bench(DataConfig(source=source))
     with pytest.raises(ConfigError, match="split 'train': the mini world has dev, test"):
         load_bench(DataConfig(split="train"))
+    datasets.Dataset.from_list([good(image=1)]).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="column image holds no pictures"):
+        load_bench(DataConfig(source=str(tmp_path / "x.parquet")))
     datasets.Dataset.from_list([{"picture": 1, "prompt": "p"}]).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(ConfigError, match=r"no column extra_info, image; it has picture, prompt"):
         load_bench(DataConfig(source=str(tmp_path / "x.parquet")))

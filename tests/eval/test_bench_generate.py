@@ -15,7 +15,7 @@ import pytest
 from test_bench_kill import files
 
 from replan import config
-from replan.errors import ConfigError, PlannerError
+from replan.errors import BackboneError, ConfigError, PlannerError
 from replan.eval import methods
 from replan.eval.data import Bench, DataConfig, load_bench
 from replan.eval.generate import Todo, generate, read_done, start
@@ -72,6 +72,18 @@ def test_failures_are_recorded_and_tried_again(bench: Bench, undisturbed: dict[s
     assert not (tmp_path / "3" / "failed.json").exists()
     made_files = files(tmp_path)
     assert made_files == {name: content for name, content in undisturbed.items() if name != "run.json"}
+
+
+def test_what_no_item_can_be_made_without_ends_the_run(bench: Bench, tmp_path: Path) -> None:
+    def edit(request: EditRequest) -> Edit:
+        raise BackboneError("weights cannot be loaded")
+
+    def check() -> None:
+        edit(EditRequest(bench.items[0].image(), "", 0))
+
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        list(generate(bench.items, tmp_path, Todo(edit, {}, 0, check=check)))
+    assert [path.parent.name for path in tmp_path.glob("*/failed.json")] == ["0"]
 
 
 def test_full_disk_ends_the_run(bench: Bench, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 from PIL import Image
@@ -132,7 +135,26 @@ def test_command_writes_markdown_json_and_picture(tmp_path: Path) -> None:
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
     complete = CliRunner().invoke(app, ["eval", "report", str(other)])
-    assert "zero:" not in complete.stdout  # the same table twice
+    assert complete.stdout.count("## Scores (") == 1  # the same table twice would tell nothing
+    assert "no score is missing, so drop and zero are the same" in complete.stdout
+
+
+def test_lpips_is_skipped_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install torchvision" in str(pixels._lpips()[1])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for error, told in (
+        (URLError("no route"), "could not be downloaded: <urlopen error no route>"),
+        (RuntimeError("operator torchvision::nms does not exist"), "of no use: operator"),
+        (ImportError("cut"), "of no use: cut"),
+    ):
+
+        class Broken(ModuleType):
+            def __getattr__(self, name: str, error: Exception = error) -> None:
+                raise error
+
+        monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", Broken("lpip"))
+        assert told in str(pixels._lpips()[1])
 
 
 def test_markdown_cannot_be_broken_by_names(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from test_vlm_judge import score as answer
 from typer.testing import CliRunner
 
 from replan.cli import app
+from replan.eval import shard
 from replan.mini import rows
 
 
@@ -91,6 +92,33 @@ def test_a_failed_item_makes_exit_1_and_is_tried_again(flux_folder: Path, tmp_pa
     code, _, told = replan(*call)
     assert code == 0
     assert "1 done, 1 were done before, 0 failed" in told
+
+
+def test_no_process_touches_a_run_with_other_settings(
+    data: Path, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ("generate", "eval/mini_exact", f"output={tmp_path}", *settings(flux_folder, data))
+    assert replan(*call)[0] == 0
+    before = files(tmp_path)
+    monkeypatch.setattr(shard, "this_shard", lambda runtime: (shard.Shard(1, 2), runtime))
+    code, _, told = replan(*call, "edit.steps=2")
+    assert code != 0, told
+    assert files(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_an_item_that_fails_in_one_process_leaves_the_others_to_finish(flux_folder: Path, tmp_path: Path) -> None:
+    path = rows.export(tmp_path, "test", 4)
+    picture = tmp_path / "images" / "00000.png"
+    picture.write_bytes(picture.read_bytes()[:500])  # process 0 fails at it at once, and has finished item 2 before
+    words = ["eval", "generate", "eval/mini_exact", f"output={tmp_path / 'run'}", *settings(flux_folder, path)]
+    call = [sys.executable, "-m", "replan", *words, "edit.steps=100", "processes=2"]
+    for _ in range(2):
+        for name in ("1", "3"):
+            (tmp_path / "run" / name / "edit.json").unlink(missing_ok=True)
+        found = subprocess.run(call, env=ENV | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert (found.returncode, "with exit code 1; the same command resumes" in found.stderr) == (1, True)
+        assert sorted(path.parent.name for path in (tmp_path / "run").glob("*/edit.json")) == ["1", "2", "3"]
 
 
 @pytest.mark.slow

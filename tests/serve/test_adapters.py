@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import math
 from collections.abc import Iterator
 
 import httpx
@@ -74,10 +76,12 @@ def test_its_switches(url: str, servant: Servant):
         ({"attention_rules": {"Hat 1, BBox 1": True}}, "attention_rules"),
         ({"attention_rules": {"Hint 1": True}}, "attention_rules"),
         ({"expand_mode": "percent"}, "expand_mode"),
+        ({"expand_value": math.inf}, "expand_value"),
     ],
 )
 def test_its_mistakes(url: str, changes: dict, field: str):
-    reply = httpx.post(url + "/v1/images/generations", json=generation(**changes))
+    body = json.dumps(generation(**changes))  # Infinity included, which is no JSON but often sent
+    reply = httpx.post(url + "/v1/images/generations", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 422
     assert reply.json()["error"]["field"] == field
 
@@ -143,6 +147,21 @@ def test_failures_have_the_detail_that_those_clients_read(url: str):
     reply = httpx.post(url + "/edit", json={"image": wire.encode(picture())})
     assert reply.status_code == 422
     assert "prompt" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"num_inference_steps": 900}, "num_inference_steps"), ({"prompt": " "}, "prompt"), ({"image": "AAAA"}, "image")],
+)
+def test_mistakes_are_told_in_the_callers_words(url: str, changes: dict, field: str):
+    call = {"image": wire.encode(picture()), "prompt": "make it red"} | changes
+    reply = httpx.post(url + "/edit", json=call)
+    assert (reply.status_code, reply.json()["error"]["field"]) == (422, field)
+
+
+def test_an_upload_that_is_no_picture(url: str):
+    reply = httpx.post(url + "/edit-upload", data={"prompt": "x"}, files={"image_file": ("x.png", b"hello")})
+    assert (reply.status_code, reply.json()["error"]["field"]) == (422, "image_file")
 
 
 def test_health_and_status(url: str):

@@ -136,6 +136,8 @@ def test_messages_say_what_would_be_right(url: str):
 
 def test_bodies_that_are_none(url: str):
     assert error(httpx.post(url + "/v1/edits", content=b"{")) == (422, "invalid", "body")
+    is_json = {"content-type": "application/json"}
+    assert error(httpx.post(url + "/v1/edits", content=b"{", headers=is_json)) == (422, "invalid", "body")
     assert error(httpx.post(url + "/v1/edits", content=b"x" * 500_000)) == (413, "too_large", "body")
     assert error(httpx.get(url + "/v1/edits"))[:2] == (405, "unknown")
     assert error(httpx.get(url + "/../etc/passwd"))[:2] == (404, "unknown")
@@ -252,6 +254,16 @@ def test_a_client_that_hangs_up_frees_the_worker_within_a_step():
         servant.gate.set()
         assert post(url).status_code == 200
         assert servant.steps == 1 + 3
+
+
+def test_who_hangs_up_in_the_middle_of_a_request_has_made_no_mistake():
+    with service(Servant()) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(b"POST /v1/edits HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        until(lambda: 'route="/v1/edits",status="499"' in httpx.get(url + "/metrics").text)
+        assert 'status="400"' not in httpx.get(url + "/metrics").text
+        assert "replan_inside 0.0" in httpx.get(url + "/metrics").text
 
 
 def test_who_hangs_up_while_waiting_is_never_begun():

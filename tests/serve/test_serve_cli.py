@@ -11,14 +11,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
-from servants import until
+from servants import setup, until
 from typer.testing import CliRunner
 
 from replan.cli import app
+from replan.errors import ServiceError
 from replan.serve import wire
+from replan.serve.limits import Limits
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -92,3 +95,38 @@ def test_the_script_is_one_command(tmp_path: Path):
     )
     wanted = "serve editor --backbone mini --planner none --replicas 2 --host 127.0.0.1 --port 8001 steps=2"
     assert answer.stdout.strip() == wanted
+
+
+def test_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install replan[serve]")
+
+    def fails(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", fails)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's own way with SIGTERM is not for the tests
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    answer = CliRunner().invoke(app, ["serve", "editor", "--replicas", "2"])
+    assert answer.exit_code == 1
+    assert "Ray did not start at RAY_ADDRESS = 10.0.0.1:6379: The current node" in " ".join(answer.output.split())
+
+
+def test_replicas_that_do_not_come_up_say_why(monkeypatch: pytest.MonkeyPatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install replan[serve]")
+    from ray import serve
+
+    from replan.serve import cluster
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("a page of Ray's own")
+
+    for place, name in ((ray, "init"), (ray, "shutdown"), (serve, "start"), (serve, "shutdown")):
+        monkeypatch.setattr(place, name, lambda **_: None)
+    monkeypatch.setattr(serve, "run", fails)
+    told = "Traceback ...\n  in _begin\nreplan.errors.ServiceError: loading failed: no weights\n"
+    monkeypatch.setattr(cluster, "_deployment", lambda: SimpleNamespace(message=told))
+    with (
+        pytest.raises(ServiceError, match=r"did not start: .*ServiceError: loading failed: no weights$"),
+        cluster.running(setup(), Limits(), cluster.Cluster(1)),
+    ):
+        pass

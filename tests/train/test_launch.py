@@ -45,6 +45,10 @@ def test_two_processes(tmp_path: Path, way: str) -> None:
     call = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "replan", "train", "grpo", str(path)]
     done = subprocess.run(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(read(chosen.output / "rollouts.jsonl")) == 2
+    steps = read(chosen.output / "rollouts.jsonl")
+    assert len(steps) == 2
+    for step in steps:  # both processes' rollouts, group by group
+        assert len(step["items"]) == len(step["rewards"]) == chosen.rollouts
+        assert [step["items"].count(item) for item in set(step["items"])] == [4, 4]
     for folder in (chosen.output / PLANNER, chosen.output / "checkpoint-2"):
         assert load_planner(str(folder), PlannerConfig())

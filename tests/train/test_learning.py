@@ -52,7 +52,6 @@ def test_stage_one_in_short(tmp_path: Path, weak: Path) -> None:
     assert rise(tmp_path / "stage1") > 3
 
 
-@pytest.mark.slow
 def test_stage_two_in_short(tmp_path: Path, weak: Path) -> None:
     """Rewards come from rendering and judging, and rise. The editor draws exactly, so that it takes no time."""
     config = short("stage2", tmp_path, weak, "steps=12")

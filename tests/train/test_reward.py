@@ -103,6 +103,9 @@ def test_the_variant_without_reasoning() -> None:
     assert scores(bare, config=config) == (1.0, 1.0, 0.9)  # K 0.5 + 0.5
     assert scores(GOOD, config=config)[0] == 0.0
     assert scores(bare.replace(PROMPT, "abc"), config=config)[1] == pytest.approx(0.8)  # 0.5 + 0.5 * 3 / 5
+    assert scores(bare.replace(PROMPT, "x" * 513), config=config)[1] == pytest.approx(0.5)  # 0.5 + 0.5 - 0.5
+    assert scores(bare.replace(PROMPT, "..."), config=config)[1] == pytest.approx(-19.2)  # 0.5 + 0.5 * 3 / 5 - 20
+    assert scores(bare.replace("]</region>", "</region>"), config=config)[1] == pytest.approx(0.0)  # 0.5 - 0.5
 
 
 def test_copies_of_the_prompts_example() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from replan.train.run import PLANNER, read
 from replan.types import EditRequest
 
 pytest.importorskip("trl", reason="trl is not installed: pip install replan[train]")
+NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 
 
 @pytest.fixture(scope="module")
@@ -253,11 +255,21 @@ def test_held_out_items_and_samples(folder: Path) -> None:
     assert list(config.output.rglob("events.out.tfevents*"))
 
 
+def test_a_folder_of_a_loggers_name_is_no_logger(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B leaves a folder `wandb` where it ran, which Python takes for an empty package."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / "wandb").is_dir())])
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        train(settings(folder, "never", "loggers=[wandb]"), TextScorer())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
         ("optim.micro=3", "must divide the 8 rollouts"),
         ("extra={lerning_rate: 1}", "did you mean learning_rate"),
+        pytest.param("rollout.vllm=colocate", "vLLM is not installed", marks=NO_VLLM),
+        pytest.param("rollout.vllm=server", "vLLM is not installed", marks=NO_VLLM),
     ],
 )
 def test_settings_that_do_not_fit(folder: Path, override: str, told: str) -> None:

@@ -3,7 +3,7 @@ const $ = (query) => element.querySelector(query);
 const svgNs = 'http://www.w3.org/2000/svg';
 const KEEP = 'keep this unchanged';
 const COLOURS = ['#e63946', '#1d7ad6', '#22a054', '#f08c00', '#9333c8', '#00a0aa', '#d63384', '#8c6428'];
-const MOST = 19, MAX_HINT = 500;
+const MOST = 19, MAX_HINT = 500, MOST_BYTES = 25_000_000;
 const HANDLES = { nw: [0, 0], n: [.5, 0], ne: [1, 0], e: [1, .5], se: [1, 1], s: [.5, 1], sw: [0, 1], w: [0, .5] };
 const root = $('.bx'), svg = $('.bx-svg'), rows = $('.bx-rows');
 const layer = { overlaps: $('.bx-overlaps'), boxes: $('.bx-boxes'), handles: $('.bx-handles') };
@@ -40,7 +40,7 @@ function load() {
     image.setAttribute('preserveAspectRatio', 'none');
     root.dataset.empty = String(!width);
     undone = []; done = []; regions = []; fit();
-  } else done.push(snapshot()), undone = [];
+  } else if (width) done.push(snapshot()), undone = [];
   regions = (value.regions || []).map((region) => ({
     id: region.id || newId(), box: region.box.slice(), hint: region.hint || '', point: region.point || null,
     keep: region.hint === KEEP, said: '', colour: null,
@@ -160,23 +160,28 @@ function drawBoxes(unit) {
   for (const group of [...layer.boxes.children]) if (!seen.has(group.dataset.id)) group.remove();
 }
 function drawOverlaps(unit) {
-  layer.overlaps.replaceChildren();
-  const hatch = $('#bx-hatch'); hatch.setAttribute('patternTransform', `rotate(45) scale(${unit})`);
+  const hatch = $('#bx-hatch'), parts = [];
+  hatch.setAttribute('patternTransform', `rotate(45) scale(${unit})`);
   regions.forEach((one, at) => regions.slice(at + 1).forEach((two) => {
-    const box = [Math.max(one.box[0], two.box[0]), Math.max(one.box[1], two.box[1]), Math.min(one.box[2], two.box[2]), Math.min(one.box[3], two.box[3])];
-    if (box[2] > box[0] && box[3] > box[1]) shape(make('rect', { class: 'bx-overlap', fill: 'url(#bx-hatch)' }, layer.overlaps), box);
+    const l = Math.max(one.box[0], two.box[0]), t = Math.max(one.box[1], two.box[1]), r = Math.min(one.box[2], two.box[2]), b = Math.min(one.box[3], two.box[3]);
+    if (r > l && b > t) parts.push(`M${l} ${t}H${r}V${b}H${l}Z`);
   }));
+  layer.overlaps.replaceChildren();  // one path, so that many boxes on one spot are hatched once
+  if (parts.length) make('path', { class: 'bx-overlap', fill: 'url(#bx-hatch)', d: parts.join('') }, layer.overlaps);
 }
 function drawHandles(unit) {
   const region = find(selected);
   layer.handles.replaceChildren();
   if (!region || drag?.mode === 'new') return;
   const [l, t, r, b] = region.box, coarse = matchMedia('(pointer: coarse)').matches;
+  const reach = (coarse ? 16 : 7) * unit, x = Math.min(reach, (r - l) / 4), y = Math.min(reach, (b - t) / 4);
+  const sides = { n: [l, t - reach, r, t + y], s: [l, b - y, r, b + reach], w: [l - reach, t, l + x, b], e: [r - x, t, r + reach, b] };
+  for (const side in sides) shape(make('rect', { class: 'bx-grip', 'data-handle': side, style: `cursor:${side}-resize` }, layer.handles), sides[side]);
   for (const name in HANDLES) {
-    const x = l + (r - l) * HANDLES[name][0], y = t + (b - t) * HANDLES[name][1];
+    const cx = l + (r - l) * HANDLES[name][0], cy = t + (b - t) * HANDLES[name][1];
     if (name.length === 1 && (name === 'n' || name === 's' ? r - l : b - t) < 40 * unit) continue;
-    make('rect', { class: 'bx-dot', x: x - 4 * unit, y: y - 4 * unit, width: 8 * unit, height: 8 * unit, rx: 2 * unit, style: `--tone:${region.colour}` }, layer.handles);
-    make('circle', { class: 'bx-grip', 'data-handle': name, cx: x, cy: y, r: (coarse ? 18 : 9) * unit, style: `cursor:${name}-resize` }, layer.handles);
+    make('rect', { class: 'bx-dot', x: cx - 4 * unit, y: cy - 4 * unit, width: 8 * unit, height: 8 * unit, rx: 2 * unit, style: `--tone:${region.colour}` }, layer.handles);
+    if (name.length === 2) make('circle', { class: 'bx-grip', 'data-handle': name, cx, cy, r: (coarse ? 18 : 9) * unit, style: `cursor:${name}-resize` }, layer.handles);
   }
 }
 
@@ -258,6 +263,10 @@ function point(event) {
   const m = svg.getScreenCTM().inverse(), p = new DOMPoint(event.clientX, event.clientY).matrixTransform(m);
   return [clamp(p.x, 0, width), clamp(p.y, 0, height)];
 }
+function under(x, y) {  // the smallest box there, so that one inside another can be reached; of equal ones the selected
+  const size = ({ box: [l, t, r, b], id }) => (r - l) * (b - t) - (id === selected ? .5 : 0);
+  return regions.filter(({ box: [l, t, r, b] }) => x >= l && x <= r && y >= t && y <= b).sort((one, two) => size(one) - size(two))[0];
+}
 svg.addEventListener('pointerdown', (event) => {
   if (!width || event.button > 0) return;
   fingers.set(event.pointerId, event);
@@ -267,9 +276,10 @@ svg.addEventListener('pointerdown', (event) => {
   const before = snapshot();
   if (grip) drag = { mode: grip, id: selected, x, y, before, box: find(selected).box.slice() };
   else if (group) {
-    selected = +group.dataset.id; group.focus({ preventScroll: true });
+    selected = (under(x, y) || find(+group.dataset.id)).id;
+    layer.boxes.querySelector(`[data-id="${selected}"]`).focus({ preventScroll: true });
     drag = { mode: 'move', id: selected, x, y, before, box: find(selected).box.slice() };
-  } else drag = { mode: 'wait', x, y, before };
+  } else { root.focus({ preventScroll: true }); drag = { mode: 'wait', x, y, before }; }
   if (event.pointerType === 'mouse') event.preventDefault();
   draw();
 });
@@ -332,7 +342,8 @@ svg.addEventListener('wheel', (event) => {
 // --- keys, while a box or the canvas has the focus ---
 element.addEventListener('keydown', (event) => {
   const editing = event.target.matches('input[type=text]'), held = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
-  if (editing) { if (key === 'enter') event.target.blur(); return; }
+  if (editing) { if (key === 'enter' || key === 'escape') event.target.blur(); return; }
+  if (key === 'escape') { if (drag) { regions = JSON.parse(drag.before); drag = null; } selected = null; root.focus({ preventScroll: true }); draw(); return; }
   let act = held && key === 'z' ? (event.shiftKey ? 'redo' : 'undo') : held && key === 'y' ? 'redo' : held && key === 'd' ? 'duplicate' : null;
   if (!held && !event.altKey) act = { delete: 'delete', backspace: 'delete', n: 'add', 0: 'fit', '+': 'in', '-': 'out' }[key] || act;
   if (act && !(event.target.matches('.bx-rows input'))) {
@@ -353,6 +364,13 @@ element.addEventListener('keydown', (event) => {
   });
 });
 
+document.addEventListener('keydown', (event) => {  // undo works wherever nothing is being typed
+  const typing = event.target.matches?.('textarea, [contenteditable], input:not([type=checkbox], [type=range])');
+  if (!(event.ctrlKey || event.metaKey) || typing || root.contains(event.target)) return;
+  const act = { z: event.shiftKey ? 'redo' : 'undo', y: 'redo' }[event.key.toLowerCase()];
+  if (act) { event.preventDefault(); actions[act](); }
+});
+
 // --- files dropped or pasted take the way of the upload button ---
 function hand(files) {
   const input = uploader(); if (!input || !files.length) return;
@@ -364,5 +382,11 @@ for (const kind of ['dragover', 'dragleave', 'drop']) root.addEventListener(kind
   if (kind === 'drop') hand(event.dataTransfer.files);
 });
 document.addEventListener('paste', (event) => { if (!event.target.matches?.('input, textarea') && event.clipboardData.files.length) hand(event.clipboardData.files); });
+window.addEventListener('change', (event) => {  // Gradio would only flash a message in a corner
+  const file = event.target.matches?.('#desk input[type=file]') && event.target.files[0];
+  if (!file || file.size <= MOST_BYTES) return;
+  event.stopImmediatePropagation(); event.target.value = '';
+  trigger('refused', { bytes: file.size });
+}, true);
 new ResizeObserver(() => draw()).observe($('.bx-stage'));
 watch('value', load); load(); draw();

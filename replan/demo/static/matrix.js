@@ -2,13 +2,13 @@
 const $ = (query) => element.querySelector(query);
 const grid = $('.mx-grid');
 const COLOURS = ['#e63946', '#1d7ad6', '#22a054', '#f08c00', '#9333c8', '#00a0aa', '#d63384', '#8c6428'];
-let phase = null, at = [0, 0];
+let phase = null, picked = null, at = [0, 0];
 const value = () => props.value || {};
 const tone = (name) => { const n = +(name.match(/\d+$/) || [0])[0]; return n ? COLOURS[(n - 1) % 8] : ''; };
 
 function draw() {
-  const { names = [], early = [], late = [], labels = {}, live = {}, note = '' } = value();
-  if (!phase || !live[phase]) phase = live.late ? 'late' : 'early';
+  const { names = [], early = [], late = [], labels = {}, live = {} } = value();
+  phase = picked || (phase && live[phase] ? phase : live.late ? 'late' : 'early');
   for (const tab of element.querySelectorAll('[data-phase]')) {
     tab.textContent = labels[tab.dataset.phase] || '';
     tab.setAttribute('aria-selected', String(tab.dataset.phase === phase));
@@ -34,7 +34,12 @@ function draw() {
       cell.style.setProperty('--tone', tone(read) || 'var(--neutral)');
     });
   });
-  $('.mx-said').textContent = note;
+  say();
+}
+// What a cell says, or how things stand; and why a change would have no effect, if so.
+function say(cell) {
+  const { live = {}, why = {}, note = '', ...all } = value(), idle = all.idle || (live[phase] ? '' : why[phase] || '');
+  $('.mx-said').textContent = cell ? `${cell.getAttribute('aria-label')}${idle && '. ' + idle}` : idle || note;
 }
 const code = (name) => name.replace('region ', '').split(' ').map((word) => (/\d/.test(word) ? word : word[0].toUpperCase())).join('');
 function title(name, scope) {
@@ -56,17 +61,14 @@ function flip(cell) {
 }
 element.addEventListener('click', (event) => {
   const tab = event.target.closest('[data-phase]'), cell = event.target.closest('.mx-cell');
-  if (tab) { phase = tab.dataset.phase; const { live = {}, why = {} } = value(); const shown = phase; const l = live[shown]; if (l) draw(); else { force(shown); $('.mx-said').textContent = why[shown] || ''; } }
+  if (tab) { phase = picked = tab.dataset.phase; draw(); }
   if (cell) flip(cell);
 });
-function force(name) {           // look at a part that rules over no step: its table, and the reason why it is idle
-  const keep = props.value.live; props.value.live = { ...keep, [name]: true }; phase = name; draw(); props.value.live = keep;
-}
 element.addEventListener('pointerover', (event) => {
-  const cell = event.target.closest('.mx-cell'); if (cell) $('.mx-said').textContent = cell.getAttribute('aria-label');
+  const cell = event.target.closest('.mx-cell'); if (cell) say(cell);
 });
-grid.addEventListener('pointerleave', () => { $('.mx-said').textContent = value().note || ''; });
-grid.addEventListener('focusin', (event) => { if (event.target.matches('.mx-cell')) $('.mx-said').textContent = event.target.getAttribute('aria-label'); });
+grid.addEventListener('pointerleave', () => say());
+grid.addEventListener('focusin', (event) => { if (event.target.matches('.mx-cell')) say(event.target); });
 grid.addEventListener('keydown', (event) => {
   const cell = event.target.closest('.mx-cell'); if (!cell) return;
   const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];

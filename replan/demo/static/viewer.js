@@ -40,5 +40,9 @@ element.addEventListener('click', (event) => {
   }
   if (pick) { chosen = +pick.dataset.at; show(); trigger('chosen', { index: chosen }); }
 });
+// the frame has the picture's own shape, so that the boundary runs over the picture and nothing else
+for (const image of element.querySelectorAll('.vw-before, .vw-after')) image.addEventListener('load', () => {
+  root.style.setProperty('--ratio', image.naturalWidth / image.naturalHeight);
+});
 $('.vw-slide').addEventListener('input', (event) => root.style.setProperty('--cut', `${event.target.value}%`));
 watch('value', load); load();
