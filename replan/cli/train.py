@@ -65,6 +65,9 @@ def mini_editor(
     family: Annotated[Family, typer.Option(help="Which editor's classes: Flux Kontext or Qwen-Image-Edit.")] = "flux",
     minutes: Annotated[float, typer.Option(min=0, help="Budget of the transformer over all restarts.")] = 88,
     vae_minutes: Annotated[float, typer.Option(min=0, help="Budget of the autoencoder.")] = 15,
+    decoder_minutes: Annotated[
+        float, typer.Option(min=0, help="More for its decoder alone; the editor need not learn anew.")
+    ] = 0,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes in the pool of encoded pictures.")] = 16_000,
     batch: Annotated[int, typer.Option(min=1, help=BATCH)] = 32,
     lr: Annotated[float, typer.Option(min=0, help=LR)] = 1.5e-3,
@@ -87,8 +90,11 @@ def mini_editor(
       [cyan]replan edit picture.png "..." --backbone runs/qwen/editor[/cyan]
     """
     from replan.cli.console import out
+    from replan.errors import ConfigError
     from replan.mini.training import TrainConfig
 
+    if family == "qwen" and decoder_minutes:
+        raise ConfigError("decoder-minutes: only the Flux family's decoder can be trained alone; leave it out")
     if family == "qwen":
         from replan.mini.train_qwen_editor import train_editor
     else:
@@ -97,7 +103,8 @@ def mini_editor(
     config = TrainConfig(
         minutes, batch, lr, lr, save_every=500, seed=seed, device=device, bf16=bf16, compiled=compiled
     )
-    train_editor(folder, config, vae_minutes, scenes, vae, start)
+    more = {"decoder_minutes": decoder_minutes} if family == "flux" else {}
+    train_editor(folder, config, vae_minutes, scenes, vae, start, **more)
     _evaluate(evaluate, ("base", "own", "ceiling"), backbone=str(folder / "editor"))
     out(str(folder / "editor"))
 

@@ -91,7 +91,10 @@ def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = No
 
 
 def refine_decoder(start: Path, folder: Path, config: TrainConfig) -> AutoencoderKL:
-    """Train the decoder of a finished autoencoder on, its latents staying what an editor knows; writes `folder/vae`."""
+    """Train the decoder of a finished autoencoder on (or go on with that) and write the model to `folder/vae`.
+
+    Its latents stay as they are, so an editor that knows them needs no more training.
+    """
     torch.manual_seed(config.seed)
     model = AutoencoderKL.from_pretrained(start)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

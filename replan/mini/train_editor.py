@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from replan.mini.pool import CHANNELS, Pool, all_texts, encode_pool, pool_batch
 from replan.mini.scenes import SIZE
-from replan.mini.train_autoencoder import train_autoencoder
+from replan.mini.train_autoencoder import refine_decoder, train_autoencoder
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
@@ -215,13 +215,19 @@ def train_editor(
     scenes: int = 16_000,
     vae: Path | None = None,
     start: Path | None = None,
+    decoder_minutes: float = 0,
 ) -> Editor:
     """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`.
 
     `vae` is the folder of a finished autoencoder, from which its training begins; `start` that of a finished editor,
-    whose autoencoder stays as it is.
+    whose latents stay as they are. `decoder_minutes` more go to the decoder alone.
     """
-    coder = AutoencoderKL.from_pretrained(_autoencoder(folder, config, vae_minutes, vae, start)).eval()
+    found = _autoencoder(folder, config, vae_minutes, vae, start)
+    if decoder_minutes:
+        refining = TrainConfig(decoder_minutes, batch=8, lr=1.5e-3, ema=0.995, save_every=200, seed=config.seed + 1)
+        refine_decoder(found, folder, replace(refining, device=config.device, bf16=config.bf16))
+        found = folder / "vae"
+    coder = AutoencoderKL.from_pretrained(found).eval()
     coder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     scale, shift = coder.config["scaling_factor"], coder.config["shift_factor"]
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
 
 from replan.mini.instructions import random_item
 from replan.mini.pool import CHANNELS, EDITS, all_texts, pack, pool_edit
 from replan.mini.scenes import SIZE, draw, random_scene
+from replan.mini.train_autoencoder import refine_decoder
 from replan.mini.train_editor import build_clip_tokenizer, build_t5_tokenizer, image_ids, train_editor
 from replan.mini.train_planner import Conversations, answer, patches, train_planner, train_tokenizer
 from replan.mini.training import TrainConfig, fit
@@ -136,3 +138,14 @@ def test_another_seed_meets_other_scenes(tmp_path: Path, monkeypatch: pytest.Mon
 
 def _stop() -> None:
     raise KeyboardInterrupt
+
+
+def test_refining_the_decoder_leaves_the_latents_alone(tmp_path: Path):
+    """A few steps: the encoder and the latents' scale are as before, the decoder is not."""
+    refine_decoder(WEIGHTS / "editor" / "vae", tmp_path, TrainConfig(1e-3, batch=1, warmup=1, lr=1e-2, ema=0.0))
+    before, after = _weights(WEIGHTS / "editor" / "vae"), _weights(tmp_path / "vae")
+    same = {name: torch.allclose(before[name].float(), after[name].float(), atol=1e-6) for name in before}
+    assert all(kept for name, kept in same.items() if "encoder" in name)
+    assert not all(kept for name, kept in same.items() if "decoder" in name)
+    scales = [AutoencoderKL.from_pretrained(found).config for found in (WEIGHTS / "editor" / "vae", tmp_path / "vae")]
+    assert scales[0]["scaling_factor"] == scales[1]["scaling_factor"]
