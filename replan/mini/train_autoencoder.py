@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from replan.mini.scenes import LIGHTS, Scene, draw, random_scene
+from replan.mini.scenes import LIGHTS, SHAPES, Scene, draw, random_scene
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,14 @@ def pixels(seeds: list[int]) -> Tensor:
 
 
 def _scene(seed: int) -> Scene:
-    light = sorted(LIGHTS)[seed // 5 % len(LIGHTS)] if seed % 5 == 0 else "day"
-    return replace(random_scene(random.Random(seed)), light=light)
+    """A random scene; one in five not by day, and one in four full of what is rare: things in their second state."""
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    if seed % 4 == 1:
+        kinds = [kind for kind, shape in SHAPES.items() if shape.altered]
+        things = (replace(thing, kind=rng.choice(kinds), altered=True) for thing in scene.things)
+        scene = replace(scene, things=tuple(things))
+    return replace(scene, light=sorted(LIGHTS)[seed // 5 % len(LIGHTS)] if seed % 5 == 0 else "day")
 
 
 def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = None) -> AutoencoderKL:
