@@ -54,16 +54,16 @@ def test_tiling_is_off_unless_asked_for(flux_folder: Path) -> None:
     assert (tiled.pipe.vae.use_tiling, plain.pipe.vae.use_tiling) == (True, False)
 
 
-def test_compiled_blocks_may_take_many_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_may_take_many_forms() -> None:
     """torch gives up after 8, and a full graph that may not be made is an error in the middle of an edit."""
     import torch._dynamo
 
     from replan.backbones.runtime import GRAPHS, _compile
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     asked: dict[str, Any] = {}
-    _compile(type("Transformer", (), {"compile_repeated_blocks": lambda self, **how: asked.update(how)})())
-    assert (torch._dynamo.config.recompile_limit, asked) == (GRAPHS, {"fullgraph": True})
+    with torch._dynamo.config.patch(recompile_limit=8):  # what it was is put back, which monkeypatch cannot do here
+        _compile(type("Transformer", (), {"compile_repeated_blocks": lambda self, **how: asked.update(how)})())
+        assert (torch._dynamo.config.recompile_limit, asked) == (GRAPHS, {"fullgraph": True})
 
 
 class Moves:
