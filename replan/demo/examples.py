@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEEDS = (17, 29, 48, 84, 10, 37)
+SEEDS = (42, 33, 36, 51, 11, 1)
 PHOTOS = {  # where they come from: photos/README.md
     "coffee": "Replace the cup of coffee with a small potted cactus",
     "cat": "Make the cat's eyes bright blue",
@@ -47,12 +46,12 @@ def suits(picture: Image, backbone: str) -> bool:
 
 
 def _scenes() -> tuple[Example, ...]:
-    from replan.mini.instructions import random_item
+    from replan.mini.instructions import item_at
     from replan.mini.scenes import draw
 
     found = []
     for seed in SEEDS:
-        item = random_item(random.Random(seed))
+        item = item_at(seed)
         text = item.instruction[0].upper() + item.instruction[1:]
         found.append(Example(draw(item.scene), text, f"{item.scene.place}-{seed}.png"))
     return tuple(found)
