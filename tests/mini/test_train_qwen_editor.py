@@ -17,8 +17,8 @@ from replan.backbones.qwen_image_edit import QwenImageEdit
 from replan.backbones.runtime import Runtime
 from replan.cli import app
 from replan.denoise import sample
+from replan.mini.pool import KEEP_PROMPTS, all_texts, pack
 from replan.mini.scenes import SIZE, draw, random_scene
-from replan.mini.train_editor import KEEP_PROMPTS, all_texts, pack
 from replan.mini.train_qwen_autoencoder import CHANNELS, build_autoencoder, decode, encode, single_frame
 from replan.mini.train_qwen_editor import NO_PROMPT, Editor, PromptReader, build_tokenizer, save_editor, template
 from replan.plan import Plan
