@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from replan.mini.changes import (
 )
 from replan.mini.instructions import KEEP_REST, make_item
 from replan.mini.scenes import Scene, draw, random_odd_scene, random_scene
-from replan.mini.train_autoencoder import Transform
 
 logger = logging.getLogger(__name__)
 
+Transform = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] to unscaled latents [B, C, h, w], or back
 Pool = tuple[Tensor, Tensor]  # tokens of the scenes' pictures: sources, targets
 CHANNELS = 16
 EDITS = 4  # targets per scene

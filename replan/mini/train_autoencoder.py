@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from replan.mini.pool import Transform
 from replan.mini.scenes import LIGHTS, SHAPES, Scene, draw, random_scene
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
-
-Transform = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] to unscaled latents [B, C, h, w], or back
 
 LATENT_NOISE = 0.05  # relative to the latents' spread: the decoder must bear what the editor gets slightly wrong
 
