@@ -50,7 +50,12 @@ def _switched(bench: Bench, base: Conditioning, boxes: list[list[Box]], rules: M
         if number < 3:
             ordered = [mask.take(order.joint_S) for mask in masks]
             wrong = max(wrong, *(_differs(one, mask) for one, mask in zip(prepared, ordered, strict=True)))
-    seen = observe(lambda: switch(bench, base, boxes[0], rules) and torch.zeros(()), bench.device)
+
+    def once() -> Tensor:
+        switch(bench, base, boxes[0], rules)
+        return torch.zeros(())
+
+    seen = observe(once, bench.device)
     name = f"plan switch and metadata ({', '.join(sorted(kinds))})"
     more = {"bytes": max(sizes), "plans": len(boxes)}
     return Row("", name, tuple(seconds), flops=0.0, peak_bytes=seen.peak, error=wrong, more=more)
@@ -174,7 +179,8 @@ def _compiled_steps(bench: Bench, scene: Scene, preset: str, row: Row, step_seco
     base, rules = bench.conditioning(scene, load_speed(preset)), _rules(bench)
     kinds: tuple[Kind, ...] = ("full",) if preset == "exact" else ("full", "region")
     noise, sigma, graphs, seconds = bench.noise(), base.sigmas[0], [], []
-    before = _graphs()
+    before, cond, stepper, took = _graphs(), base, bench.stepper(base), 0.0
+    out: list[Tensor] = []
     for boxes in plans(bench.shape.tokens, scene.regions):
         masks, _ = _masks(base.layout, boxes, rules, isolated=bool(base.speed.isolate_reference))
         cond = replace(base, masks=((0.0, masks[0]),))
