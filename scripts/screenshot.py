@@ -33,7 +33,7 @@ def use(page: Page, address: str, example: int, boundary: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--example", type=int, default=2, help="number in the gallery, from 0")
+    parser.add_argument("--example", type=int, default=3, help="number in the gallery, from 0")
     parser.add_argument("--boundary", type=float, default=17, help="where before ends and after begins, in percent")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=ASSETS / "demo.png")
