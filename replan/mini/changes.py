@@ -155,12 +155,17 @@ def say(change: Change, words: str, rng: random.Random) -> str:
     return rng.choice(REMOVE if change.task == "remove" else KEEP).format(words)
 
 
-def random_change(rng: random.Random, scene: Scene, index: int) -> Change:
-    """A change that shows: another colour, another kind (keeping the colour half of the time), removal, or a state."""
+def random_change(
+    rng: random.Random, scene: Scene, index: int, shares: Sequence[float] = (0.32, 0.32, 0.16, 0.4)
+) -> Change:
+    """A change that shows: another colour, another kind (keeping the colour half of the time), removal, or a state.
+
+    `shares` weigh these four; things without a second state never change it.
+    """
     thing = scene.things[index]
     states = (thing.kind, not thing.altered) in STATE
     tasks: tuple[Task, ...] = ("recolour", "replace", "remove", "state")
-    task = rng.choices(tasks, (0.32, 0.32, 0.16, 0.4 if states else 0))[0]
+    task = rng.choices(tasks, (*shares[:3], shares[3] if states else 0))[0]
     colour = rng.choice([c for c in COLOURS if c != thing.colour])
     if task == "recolour":
         return Change("recolour", index, colour)

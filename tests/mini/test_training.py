@@ -116,12 +116,13 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("model", ["planner", "editor"])
 def test_training_can_begin_with_a_finished_model(model: str, tmp_path: Path):
-    """No minutes, no steps: what comes out is what went in, in the same format."""
+    """No minutes, no steps: what comes out is what went in, in the same format, in a folder that was not there."""
+    folder = tmp_path / "run"
     if model == "planner":
-        train_planner(tmp_path, TrainConfig(0), WEIGHTS / model)
+        train_planner(folder, TrainConfig(0), WEIGHTS / model)
     else:
-        train_editor(tmp_path, TrainConfig(0), scenes=2, start=WEIGHTS / model)
-    before, after = _weights(WEIGHTS / model), _weights(tmp_path / model)
+        train_editor(folder, TrainConfig(0), scenes=2, start=WEIGHTS / model)
+    before, after = _weights(WEIGHTS / model), _weights(folder / model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
