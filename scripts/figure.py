@@ -14,7 +14,7 @@ from replan.mini.scenes import Scene, Thing, draw
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SIDE, GAP, TITLE = 384, 12, 34
-INSTRUCTION = "replace the left red cup with a plant"
+INSTRUCTION = "replace the left red cup with a plant and make the apple green"
 SCENES = {
     "desk.png": Scene(
         "desk",
