@@ -55,12 +55,15 @@ def preset(kind: type, spec: str | Path) -> dict[str, Any]:
 
 
 def _named(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with every section that is given by a preset's name spelled out."""
+    """`values` with every section that is given by a preset's name spelled out, the schema's defaults too.
+
+    A preset is whole: nothing of another one below it shines through.
+    """
     spelled = dict(values)
     for name, hint in typing.get_type_hints(kind).items():
         given = spelled.get(name)
         if isinstance(given, str) and hasattr(hint, "PRESETS"):
-            spelled[name] = preset(hint, given)
+            spelled[name] = dump(_build(hint, preset(hint, given)))
     return spelled
 
 

@@ -25,10 +25,11 @@ from replan.mask import RegionMask, mask_at, phases
 from replan.types import Box, EditRequest, Grid, Plan, Region, Size
 
 CPU = Runtime(device="cpu")
+SMALL = ["steps=4", "speed=exact"]  # what may be reused between steps: test_stepper.py
 FLUX = load(
-    EditConfig, "edit/flux_kontext", ["steps=4", "max_area=1536", "auto_resize=false", "max_sequence_length=24"]
+    EditConfig, "edit/flux_kontext", [*SMALL, "max_area=1536", "auto_resize=false", "max_sequence_length=24"]
 )
-QWEN = load(EditConfig, "edit/qwen_image_edit", ["steps=4", "max_area=4096"])
+QWEN = load(EditConfig, "edit/qwen_image_edit", [*SMALL, "max_area=4096"])
 HINTS = ("make the red cup blue", "keep it")
 PLAN = Plan(
     "", "keep the image unchanged", (Region(Box(4, 4, 20, 20), HINTS[0]), Region(Box(16, 10, 40, 28), HINTS[1])),

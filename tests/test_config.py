@@ -12,8 +12,10 @@ from typing import Literal
 import pytest
 
 from replan import config
+from replan.backbones import EditConfig
 from replan.config import dump, keys, load, split
 from replan.errors import ConfigError
+from replan.speed import load_speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +173,12 @@ def test_names_in_a_checkout_and_in_an_installed_package(tmp_path: Path, monkeyp
 
 def test_keys_are_dotted() -> None:
     assert {"steps", "mask", "mask.expand", "more.rules"} <= set(keys(Outer))
+
+
+def test_a_preset_is_whole(tmp_path: Path) -> None:
+    """Nothing of a preset below shines through one that names fewer values."""
+    below = tmp_path / "own.yaml"
+    below.write_text("speed: cached\n")
+    for name in ("exact", "fast"):
+        chosen = load(EditConfig, "edit/mini", [("speed", name)], over=[below])
+        assert chosen.speed == load(EditConfig, "edit/mini", over=[{"speed": name}]).speed == load_speed(name)

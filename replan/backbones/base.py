@@ -185,11 +185,12 @@ def mask_schedule(
 def usable(
     speed: SpeedConfig, plan: Plan | None, layout: TokenLayout, transformer: Any
 ) -> tuple[SpeedConfig, tuple[str, ...]]:
-    """What of `speed` a plan allows, with every open question settled, and a note where that is nothing."""
+    """What of `speed` a plan allows, with every open question settled, and a note where that changes the picture."""
     if speed.cache == "none" or plan is None:
         return EXACT, ()
     if not layout.hints:
-        return EXACT, (f"the plan has no regions, so nothing is reused between steps (speed.cache = {speed.cache})",)
+        kept = speed.cache == "background"  # without regions all of the picture may change
+        return EXACT, ("the plan has no regions, so the background is not held to the source",) if kept else ()
     if speed.isolate_reference is None:
         speed = replace(speed, isolate_reference=timeless_reference(transformer))
     return speed, ()
