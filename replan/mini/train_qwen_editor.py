@@ -40,6 +40,7 @@ SEEN = SIZE.width // (PATCH * MERGE) * (SIZE.height // (PATCH * MERGE))
 TEXT_WIDTH = 128
 NO_PROMPT = " "  # what guidance pushes away from; configs/edit/mini_qwen.yaml says the same
 NO_PROMPT_SHARE = 0.1
+LENGTH_STEP = 16  # prompts are padded to a multiple, so that few lengths get compiled
 PIXELS = {"shortest_edge": SIZE.width * SIZE.height, "longest_edge": SIZE.width * SIZE.height}
 PROCESSOR = {
     "processor_class": "Qwen2VLProcessor",
@@ -188,7 +189,7 @@ class PromptReader:
     def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids [B, L] after the head, padded at the end, and which of them are real."""
         rows = [self._opening + ids for ids in self._tokenizer([prompt + self._tail for prompt in prompts]).input_ids]
-        longest = max(map(len, rows))
+        longest = -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
         ids = torch.tensor([row + [self._tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(longest) < lengths[:, None]
@@ -303,7 +304,7 @@ def train_editor(
         logger.info("step %d  saved", step)
 
     if config.compiled:
-        editor.transformer.compile(dynamic=True)
+        editor.transformer.compile(dynamic=False)
     loss = EditorLoss(editor, tokenizer, pool, config)
     fit(editor, loss, config, folder / "editor-run", evaluate=evaluate, evaluate_every=1000)
     save()
