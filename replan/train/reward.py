@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -45,7 +45,8 @@ class RewardConfig:
     format_weight  what R1 adds to stage 2
     gate           regions score below which a plan is not rendered at all
     longest        characters of reasoning and of the global prompt above which content is lost
-    global_plans   ours: a plan without regions passes the gate, and is worth as much as one with regions when right
+    global_plans   ours: a plan without regions passes the gate, and is worth as much as one with regions when right:
+                   in stage 2 by the judge, in stage 1 where the row's own answer has no regions either
     leak_penalty   ours: taken off when a region repeats a box or a hint of the prompt's example
     """
 
@@ -201,8 +202,10 @@ def plan_reward(ratings: Mapping[str, int], config: RewardConfig) -> float:
     return (t + e + c * e) / 3
 
 
-def format_reward(text: TextScore, config: RewardConfig) -> Reward:
-    """Stage 1."""
+def format_reward(text: TextScore, config: RewardConfig, expected: str = "") -> Reward:
+    """Stage 1; `expected` is the row's own answer, which need not be a plan."""
+    if config.global_plans and text.is_global and score_text(expected, Examples(), config).is_global:
+        text = replace(text, regions=FLAWLESS)
     leak = config.leak_penalty * bool(text.leaks)
     return Reward(text.reward - leak, _text_parts(text))
 
@@ -211,7 +214,7 @@ def edit_reward(text: TextScore, ratings: Mapping[str, int] | None, config: Rewa
     """Stage 2; `ratings` is None where the gate is closed and nothing was rendered."""
     planned = 0.0 if ratings is None else plan_reward(ratings, config)
     if config.global_plans and text.is_global:  # being right earns what a flawless list of regions would
-        text = TextScore(text.format, text.content, max(text.regions, FLAWLESS * planned), text.count, text.leaks)
+        text = replace(text, regions=max(text.regions, FLAWLESS * planned))
     value = planned + config.format_weight * text.reward - config.leak_penalty * bool(text.leaks)
     parts = _text_parts(text) | {"plan": planned, "open": float(ratings is not None)}
     if ratings is not None:

@@ -96,7 +96,7 @@ class Scorer:
         text = score_text(answer, row.task.examples, self.config)
         plan = _plan(row, answer)
         if self.config.kind == "format":
-            told = format_reward(text, self.config)
+            told = format_reward(text, self.config, row.task.answer)
             return Scored(told.value, {**told.parts, "valid": float(_is_valid(text, plan))}, plan=plan)
         judged = Judged()
         if plan is not None and is_open(text, self.config):

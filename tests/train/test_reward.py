@@ -128,6 +128,18 @@ def test_a_leak_costs_what_the_switch_says() -> None:
     assert format_reward(copied, OURS).value == pytest.approx(published - 1.0)
 
 
+def test_stage_one_takes_a_plan_without_regions_for_right_where_the_row_has_none_either() -> None:
+    whole = score_text(answer([]), NONE, PUBLISHED)
+    missing = score_text(answer(), NONE, PUBLISHED)
+    assert format_reward(whole, OURS, answer([])).value == pytest.approx(0.5 + 0.225 + 0.2 * 0.9)  # as with a region
+    assert format_reward(missing, OURS, answer([])).value == pytest.approx(0.5 + 0.3 * 0.5 + 0.2 * 0.9)
+    for config, expected in ((PUBLISHED, answer([])), (OURS, GOOD), (OURS, "a red cup"), (OURS, "")):
+        assert format_reward(whole, config, expected).value == pytest.approx(0.5 + 0.225 + 0.2 * 0.5)
+    malformed = score_text(answer([]).replace("</think>", ""), NONE, PUBLISHED)
+    assert format_reward(malformed, OURS, answer([])) == format_reward(malformed, PUBLISHED)
+    assert format_reward(score_text(GOOD, NONE, OURS), OURS, answer([])).value == pytest.approx(0.905)
+
+
 # --- stage 2: P + 0.2 R1 ---------------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,16 @@ def test_stage_one_needs_no_services(rows: Rows) -> None:
         Scorer(EDIT)
 
 
+def test_stage_one_knows_rows_without_regions(rows: Rows) -> None:
+    row = rows[0]
+    bare = answer(replace(exact_plan(row), regions=()))
+    whole = replace(row, task=replace(row.task, answer=bare))
+    scorer = Scorer(RewardConfig(longest=2048, global_plans=True))
+    right, wrong = (asyncio.run(scorer.score_one(asked, bare)) for asked in (whole, row))
+    assert right.value == pytest.approx(0.905)
+    assert wrong.value == pytest.approx(0.905 - 0.2 * 0.4)
+
+
 def test_a_repaired_plan_is_not_valid(rows: Rows) -> None:
     cut = good(rows).replace("]</region>", ", ]</region>")
     assert score(Scorer(RewardConfig()), rows, [cut])[0].parts["valid"] == 0.0
