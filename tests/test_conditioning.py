@@ -26,9 +26,7 @@ from replan.types import Box, EditRequest, Grid, Plan, Region, Size
 
 CPU = Runtime(device="cpu")
 SMALL = ["steps=4", "speed=exact"]  # what may be reused between steps: test_stepper.py
-FLUX = load(
-    EditConfig, "edit/flux_kontext", [*SMALL, "max_area=1536", "auto_resize=false", "max_sequence_length=24"]
-)
+FLUX = load(EditConfig, "edit/flux_kontext", [*SMALL, "max_area=1536", "auto_resize=false", "max_sequence_length=24"])
 QWEN = load(EditConfig, "edit/qwen_image_edit", [*SMALL, "max_area=4096"])
 HINTS = ("make the red cup blue", "keep it")
 PLAN = Plan(

@@ -51,9 +51,7 @@ def mini_planner(
     from replan.mini.train_planner import train_planner
     from replan.mini.training import TrainConfig
 
-    config = TrainConfig(
-        minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250, seed=seed, device=device, bf16=bf16
-    )
+    config = TrainConfig(minutes, batch=batch, lr=lr, muon_lr=lr, save_every=250, seed=seed, device=device, bf16=bf16)
     train_planner(folder, config, start)
     _evaluate(evaluate, ("end-to-end",), planner=str(folder / "planner"))
     out(str(folder / "planner"))
@@ -100,9 +98,7 @@ def mini_editor(
     else:
         from replan.mini.train_editor import train_editor
 
-    config = TrainConfig(
-        minutes, batch, lr, lr, save_every=500, seed=seed, device=device, bf16=bf16, compiled=compiled
-    )
+    config = TrainConfig(minutes, batch, lr, lr, save_every=500, seed=seed, device=device, bf16=bf16, compiled=compiled)
     more = {"decoder_minutes": decoder_minutes} if family == "flux" else {}
     train_editor(folder, config, vae_minutes, scenes, vae, start, **more)
     _evaluate(evaluate, ("base", "own", "ceiling"), backbone=str(folder / "editor"))

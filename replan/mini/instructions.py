@@ -210,9 +210,7 @@ def everything_item(rng: random.Random, scene: Scene) -> Item:
     changes = spread(first, scene)
     words = first.hint.replace("this", "everything")
     target = apply_changes(scene, changes)
-    return Item(
-        scene, target, _polish(say(first, "everything", rng), rng), (), changes, Plan(WHOLE, words, (), SIZE)
-    )
+    return Item(scene, target, _polish(say(first, "everything", rng), rng), (), changes, Plan(WHOLE, words, (), SIZE))
 
 
 def random_item(rng: random.Random, scene: Scene | None = None, *, unseen: bool = False) -> Item:
