@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from replan.bench.measure import Plan, Row, Say, Side, alternate
 from replan.bench.model import Bench, Scene
 from replan.bench.watch import Seen
 from replan.denoise import sample
+from replan.mask import RegionMask
 from replan.speed import EXACT, load_speed
 
 PRESETS = ("exact", "cached", "fast")
@@ -47,13 +48,20 @@ class Loop:
             say(f"{name}: the oracle")
             return distance(output, self.oracle())
 
-        return Side(name, self.prepare, self.flops, self.check, None if self.preset is None else error, self.more)
+        return Side(name, self.prepare, self.flops, self.check, error, self.more)
 
     def oracle(self) -> Tensor:
-        """The same rules with dense masks and every step in full: what is left is what reuse changes."""
-        assert self.cond is not None
-        stepper = self.bench.stepper(self.cond, "dense")
-        return sample(lambda x, sigma: stepper.step(x, sigma, "full"), self.bench.noise(), self.cond.sigmas)
+        """The same rules with dense masks and every step in full: what is left is what reuse changes.
+
+        The stock loop is held against a dense mask that hides nothing.
+        """
+        cond = self.cond
+        assert cond is not None
+        if self.preset is None:
+            ones_S = torch.ones(cond.layout.length, dtype=torch.int64)
+            cond = replace(cond, masks=((0.0, RegionMask(ones_S, ones_S)),))
+        stepper = self.bench.stepper(cond, "dense")
+        return sample(lambda x, sigma: stepper.step(x, sigma, "full"), self.bench.noise(), cond.sigmas)
 
     def prepare(self) -> Callable[[], Tensor]:
         bench = self.bench
