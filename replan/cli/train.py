@@ -88,19 +88,15 @@ def mini_editor(
       [cyan]replan edit picture.png "..." --backbone runs/qwen/editor[/cyan]
     """
     from replan.cli.console import out
-    from replan.errors import ConfigError
     from replan.mini.training import TrainConfig
 
-    if family == "qwen" and decoder_minutes:
-        raise ConfigError("decoder-minutes: only the Flux family's decoder can be trained alone; leave it out")
     if family == "qwen":
         from replan.mini.train_qwen_editor import train_editor
     else:
         from replan.mini.train_editor import train_editor
 
     config = TrainConfig(minutes, batch, lr, lr, save_every=500, seed=seed, device=device, bf16=bf16, compiled=compiled)
-    more = {"decoder_minutes": decoder_minutes} if family == "flux" else {}
-    train_editor(folder, config, vae_minutes, scenes, vae, start, **more)
+    train_editor(folder, config, vae_minutes, scenes, vae, start, decoder_minutes)
     _evaluate(evaluate, ("base", "own", "ceiling"), backbone=str(folder / "editor"))
     out(str(folder / "editor"))
 

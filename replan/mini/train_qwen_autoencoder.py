@@ -103,3 +103,32 @@ def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = No
     model.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
     model.save_pretrained(folder / "vae")
     return model
+
+
+def refine_decoder(model: AutoencoderKLQwenImage, folder: Path, config: TrainConfig) -> AutoencoderKLQwenImage:
+    """Train the decoder of a finished autoencoder on (or go on with that) and write the model to `folder/vae`.
+
+    Its latents stay as they are, so an editor that knows them needs no more training.
+    """
+    model.requires_grad_(False)
+    for part in (model.post_quant_conv, model.decoder):
+        part.requires_grad_(True)
+
+    def encode_fixed(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return encode(model, images)
+
+    coder = encode_fixed, partial(decode, model)
+
+    def loss_at(step: int) -> Tensor:
+        with config.precision():
+            return reconstruction_loss(*coder, (config.seed << 24) + step, config.batch, config.device)
+
+    def evaluate(_: nn.Module, step: int) -> None:
+        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(*coder, device=config.device))
+
+    with single_frame(model):
+        fit(model, loss_at, config, folder / "decoder-run", evaluate=evaluate, evaluate_every=500)
+        logger.info("reconstruction %.2f dB", reconstruction_psnr(*coder))
+    model.save_pretrained(folder / "vae")
+    return model

@@ -29,7 +29,7 @@ from replan.mini.pool import Pool, all_texts, encode_pool, pool_batch, pool_edit
 from replan.mini.scenes import SIZE, draw
 from replan.mini.train_editor import GRID, flow_loss
 from replan.mini.train_planner import FRAMES, MERGE, SPECIALS, patches
-from replan.mini.train_qwen_autoencoder import CHANNELS, encode, single_frame, train_autoencoder
+from replan.mini.train_qwen_autoencoder import CHANNELS, encode, refine_decoder, single_frame, train_autoencoder
 from replan.mini.training import TrainConfig, fit
 
 logger = logging.getLogger(__name__)
@@ -280,14 +280,18 @@ def train_editor(
     scenes: int = 16_000,
     vae: Path | None = None,
     start: Path | None = None,
+    decoder_minutes: float = 0,
 ) -> Editor:
     """Train (or go on training) autoencoder and editor and write the pipeline to `folder/editor`.
 
     `vae` is the folder of a finished autoencoder, from which its training begins; `start` that of a finished editor,
-    whose autoencoder stays as it is.
+    whose latents stay as they are. `decoder_minutes` more go to the decoder alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     coder = _autoencoder(folder, config, vae_minutes, vae, start)
+    if decoder_minutes:
+        refining = TrainConfig(decoder_minutes, batch=8, lr=1.5e-3, ema=0.995, save_every=200, seed=config.seed + 1)
+        coder = refine_decoder(coder, folder, replace(refining, device=config.device, bf16=config.bf16))
     mean, std = (torch.tensor(coder.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
     with single_frame(coder):
         pool = encode_pool(lambda images: (encode(coder, images) - mean) / std, scenes, folder / "latents.safetensors")

@@ -1,5 +1,6 @@
 """The second mini editor: training's shortcuts equal what runs at edit time; a short run saves a folder that edits."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -19,8 +20,16 @@ from replan.cli import app
 from replan.denoise import sample
 from replan.mini.pool import KEEP_PROMPTS, all_texts, pack
 from replan.mini.scenes import SIZE, draw, random_scene
-from replan.mini.train_qwen_autoencoder import CHANNELS, build_autoencoder, decode, encode, single_frame
+from replan.mini.train_qwen_autoencoder import (
+    CHANNELS,
+    build_autoencoder,
+    decode,
+    encode,
+    refine_decoder,
+    single_frame,
+)
 from replan.mini.train_qwen_editor import NO_PROMPT, Editor, PromptReader, build_tokenizer, save_editor, template
+from replan.mini.training import TrainConfig
 from replan.plan import Plan
 from replan.types import Box, Region
 
@@ -93,6 +102,15 @@ def test_kernels_that_a_picture_never_meets_stay_zero():
     assert gradient is not None
     assert not gradient[:, :, :-1].any()
     assert gradient[:, :, -1].any()
+
+
+def test_refining_the_decoder_leaves_the_latents_alone(tmp_path: Path, autoencoder: AutoencoderKLQwenImage):
+    before = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    refine_decoder(copy.deepcopy(autoencoder), tmp_path, TrainConfig(1e-3, batch=1, warmup=1, lr=1e-2, ema=0.0))
+    after = AutoencoderKLQwenImage.from_pretrained(tmp_path / "vae")
+    changed = {name.split(".")[0] for name, value in after.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert after.config["latents_std"] == autoencoder.config["latents_std"]
 
 
 def test_prompts_are_read_as_the_stock_pipeline_reads_them(backbone: QwenImageEdit):
