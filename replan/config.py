@@ -143,6 +143,8 @@ def _loader() -> type[Any]:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
             for key_node, _ in node.value:
+                if not isinstance(key_node.value, str):
+                    raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
                 if key_node.value in seen:
                     mark = key_node.start_mark
                     raise yaml.constructor.ConstructorError(

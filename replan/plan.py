@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from replan.errors import PlanError
-from replan.regions import FAR, MAX_REGIONS, read_box, read_hint, read_point, read_regions, show
+from replan.regions import FAR, MAX_REGIONS, read_box, read_hint, read_point, read_regions, show, whole
 from replan.types import Plan, Region, Size
 
 KEEP = "keep the rest of the image unchanged"  # the global prompt when nothing concerns the whole picture
@@ -67,7 +67,11 @@ def parse(text: str, seen: Size, examples: Collection[tuple[float, ...]] | None 
     proposed region unusable, an answer cut off before its first region, or an empty prompt without regions.
     """
     examples = examples_in(default_template()) if examples is None else examples
-    answer, notes = text, []
+    notes: list[str] = []
+    given, text = text, text.encode("utf-8", "replace").decode()  # a server's JSON can spell half a character
+    if text != given:
+        notes.append("halves of surrogate pairs replaced by ?")
+    answer = text
     if len(text) > MAX_CHARS:
         answer = text[:MAX_CHARS]
         notes.append(f"answer of {len(text)} characters cut to {MAX_CHARS}")
@@ -174,7 +178,10 @@ def _tidy(text: str) -> str:
 
 def _character(entity: re.Match[str]) -> str:
     name = entity[0][1:-1]
-    return {"amp": "&", "lt": "<"}.get(name) or chr(int(name[1:]))
+    if name in ("amp", "lt"):
+        return "&" if name == "amp" else "<"
+    code = int(name[1:])
+    return entity[0] if 0xD800 <= code <= 0xDFFF else chr(code)  # half of a surrogate pair is no character
 
 
 def _escape(text: str) -> str:
@@ -286,7 +293,7 @@ def _text(entries: Mapping[str, Any], key: str, default: str) -> str:
     value = entries.get(key, default)
     if not isinstance(value, str):
         raise PlanError(f"{key}: must be a text, not {show(value)}")
-    return value
+    return whole(value, key)
 
 
 def _size(value: object) -> Size:

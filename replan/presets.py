@@ -72,4 +72,4 @@ def spelled(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"rules = {spec!r}: must be a preset's name ({', '.join(preset_names())}) or a file")
     preset = load_preset(spec)
     preset["rules"] = [config.dump(phase) for phase in preset["rules"]]
-    return given | {"mask": preset | dict(given.get("mask", {}))}
+    return given | {"mask": preset | dict(given.get("mask") or {})}

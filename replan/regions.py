@@ -186,7 +186,16 @@ def read_hint(value: object, name: str) -> str:
     """A hint that says something, as it stands."""
     if not isinstance(value, str) or not value.strip():
         raise PlanError(f"{name}: hint is {'missing' if value is None else 'empty' if value == '' else show(value)}")
-    return value
+    return whole(value, f"{name}: hint")
+
+
+def whole(text: str, label: str) -> str:
+    r"""The text, if it can be written as UTF-8: JSON can spell half a character ("\ud800"), unfit for tokenizers."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PlanError(f"{label}: character {error.start + 1} is half of a surrogate pair; write all of it") from error
+    return text
 
 
 def _numbers(value: object, count: int, label: str) -> list[float]:

@@ -137,6 +137,7 @@ def _setup(args: argparse.Namespace) -> Setup:
         device=args.device,
         dtype=DTYPES[args.dtype],
         attention="dense" if args.disable_flex_attn else None,
+        speed="exact",  # as the original: nothing is reused between steps
     ).setup()
     if args.attention_switch_step is None:
         return setup

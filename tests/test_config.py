@@ -182,3 +182,9 @@ def test_a_preset_is_whole(tmp_path: Path) -> None:
     for name in ("exact", "fast"):
         chosen = load(EditConfig, "edit/mini", [("speed", name)], over=[below])
         assert chosen.speed == load(EditConfig, "edit/mini", over=[{"speed": name}]).speed == load_speed(name)
+
+
+@pytest.mark.parametrize("text", ["steps: {{ steps }}", "? [1, 2]\n: 3"])
+def test_a_key_is_a_word(text: str) -> None:
+    with pytest.raises(ConfigError, match="a key must be a word"):
+        config.parse_yaml(text, "x.yaml")

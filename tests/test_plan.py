@@ -296,3 +296,16 @@ def test_is_complete(text: str, complete: bool) -> None:
 def test_import_is_light() -> None:
     code = "import sys, replan.plan; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'PIL', 'transformers')))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_half_a_character_never_gets_into_a_plan() -> None:
+    """No tokenizer and no file takes one; JSON and entities can spell it."""
+    plan = parse(
+        "<think>a\ud800</think><gen_image>b &#55296;</gen_image>"
+        '<region>[{"bbox_2d": [1, 2, 3, 4], "hint": "x\\ud800"}, {"bbox_2d": [1, 2, 3, 4], "hint": "ok"}]</region>',
+        Size(10, 10),
+    )
+    assert (plan.reasoning, plan.prompt, [region.hint for region in plan.regions]) == ("a?", "b &#55296;", ["ok"])
+    assert any("surrogate" in note for note in plan.notes)
+    assert any("region 1: hint" in note for note in plan.notes)
+    f"{plan}".encode()

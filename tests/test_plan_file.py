@@ -123,3 +123,8 @@ def test_schema_and_reader_agree() -> None:
     assert set(properties) == {*FILE, "raw"}
     assert set(properties["regions"]["items"]["properties"]) == set(FILE["regions"][0])
     assert properties["regions"]["maxItems"] == MAX_REGIONS
+
+
+def test_half_a_character_in_a_plan_file() -> None:
+    with pytest.raises(PlanError, match="prompt: character 1 is half of a surrogate pair"):
+        from_json({"size": [9, 9], "prompt": "\ud800"})

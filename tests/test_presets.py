@@ -131,3 +131,7 @@ def test_rules_by_name_in_settings_of_the_benchmark() -> None:
     assert loaded.mask.rules == apply_preset(MASK, "paper").rules
     with pytest.raises(ConfigError, match="rules = 3"):
         spelled({"rules": 3})
+
+
+def test_spelled_over_an_empty_mask() -> None:
+    assert spelled({"rules": "paper", "mask": None}) == spelled({"rules": "paper"})

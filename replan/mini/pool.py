@@ -116,23 +116,38 @@ def pack(latents: Tensor) -> Tensor:
     return x.reshape(count, height // 2 * (width // 2), channels * 4)
 
 
+def _scene_tokens(encode: Transform, seed: int) -> Tensor:
+    """A scene's picture and its EDITS targets as float16 tokens [1 + EDITS, 36, 64]."""
+    pictures = [draw(pool_edit(seed, 0).scene), *(draw(pool_edit(seed, edit).target) for edit in range(EDITS))]
+    images = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pack(encode(images)).half()
+
+
+def _is_current(kept: dict[str, Tensor], encode: Transform, scenes: int) -> bool:
+    """Whether kept tokens are those of this autoencoder, world and number of scenes, by a few of them."""
+    if len(kept["sources"]) != scenes:
+        return False
+    for seed in {0, scenes // 2, scenes - 1}:
+        stored = torch.cat([kept["sources"][seed][None], kept["targets"][seed]]).float()
+        if not torch.allclose(
+            _scene_tokens(encode, seed).float(), stored, atol=0.05
+        ):  # rounding of float16 and kernels
+            return False
+    return True
+
+
 @torch.no_grad()
 def encode_pool(encode: Transform, scenes: int, file: Path) -> Pool:
     """Latents as float16 tokens: sources [scenes, 36, 64], targets [scenes, EDITS, 36, 64], kept in `file`.
 
-    `encode` takes pixels [B, 3, H, W] to latents [B, C, h, w] of unit variance.
+    `encode` takes pixels [B, 3, H, W] to latents [B, C, h, w] of unit variance. A file of another autoencoder, another
+    version of the scenes or another number of them is made anew.
     """
-    if not file.exists():
+    if not file.exists() or not _is_current(load_file(file), encode, scenes):
         file.parent.mkdir(parents=True, exist_ok=True)
         sources, targets = [], []
         for seed in range(scenes):
-            pictures = [draw(pool_edit(seed, 0).scene)]
-            for edit in range(EDITS):
-                pictures.append(draw(pool_edit(seed, edit).target))
-            images = (
-                torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
-            )
-            tokens = pack(encode(images)).half()
+            tokens = _scene_tokens(encode, seed)
             sources.append(tokens[0])
             targets.append(tokens[1:])
             if seed % 2000 == 0:

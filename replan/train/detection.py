@@ -23,6 +23,7 @@ NEAR_BOX, NEAR_POINT, OVERLAP = 10.0, 30.0, 0.5  # pixels, pixels, IoU
 
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _LIST = re.compile(r"<(region|answer)>(.*?)</\1>", re.DOTALL)
+_FAR = 1e9  # no picture is that large
 _SENTENCE = re.compile(r"[.!?\n]+")
 
 Numbers = tuple[float, ...]
@@ -119,8 +120,8 @@ def _spot(item: Any) -> Spot:
 def _numbers(value: Any, count: int) -> Numbers | None:
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value):
-        return None
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= _FAR for v in value):
+        return None  # abs(nan) <= x is false
     return tuple(float(v) for v in value)
 
 

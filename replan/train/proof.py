@@ -9,6 +9,7 @@ Each seed is an ordinary run of configs/grpo/mini_<stage>.yaml, so it can be sto
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -17,7 +18,6 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from replan import config as configs
@@ -28,7 +28,7 @@ from replan.train import run
 from replan.train.build import BuildConfig, build
 from replan.train.engine_trl import last_checkpoint, train
 from replan.train.grpo import GrpoConfig
-from replan.train.weaken import weaken
+from replan.train.weaken import weaken, weakened_by
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ MEASURE = {"stage1": "valid", "stage2": "success"}
 TITLE = {"valid": "answers in valid form", "success": "tasks done right"}
 NEEDED = {"stage1": "every seed ends at 0.99 or more", "stage2": "every seed gains 0.10 or more"}
 HELD_OUT = 200
+PLACES = ("planner", "train", "val", "output", "seed")  # settings that differ from seed to seed, and folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str]) -> tup
     """Run what is missing; write `<folder>/<stage>.json` and `.png`. Raises ConfigError for an unknown stage."""
     if stage not in MEASURE:
         raise ConfigError(f"stage {stage!r}: must be {' or '.join(MEASURE)}")
+    if importlib.util.find_spec("matplotlib") is None:  # said before the work, not after it
+        raise ConfigError("the picture needs matplotlib: pip install 'replan[train]'")
     train_file, held_out = _data(folder)
     start = _start(stage, folder)
     curves = []
@@ -67,11 +70,22 @@ def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str]) -> tup
         output = folder / f"{stage}-seed{seed}"
         given = [("planner", str(start)), ("train", str(train_file)), ("val", str(held_out)), ("output", str(output))]
         chosen = configs.load(GrpoConfig, f"grpo/mini_{stage}", [*given, ("seed", seed), *overrides])
-        if not (output / run.PLANNER / "config.json").exists():
+        if not _is_done(output, chosen):
             train(chosen)
         curves.append(read_curve(output, MEASURE[stage], seed))
         log.info("seed %d: %s %.3f -> %.3f on held-out items", seed, MEASURE[stage], curves[-1].start, curves[-1].end)
     return _write(stage, folder, curves, overrides)
+
+
+def _is_done(output: Path, chosen: GrpoConfig) -> bool:
+    """Whether the run is finished. Raises ConfigError for one with other settings."""
+    if not (output / run.PLANNER / "config.json").exists():
+        return False
+    ran, now = json.loads((output / run.RUN).read_bytes())["config"], json.loads(json.dumps(configs.dump(chosen)))
+    changed = [key for key, value in now.items() if key not in ("loggers", "samples", "keep") and ran.get(key) != value]
+    if changed:
+        raise ConfigError(f"{output}: finished with other settings of {', '.join(changed)}; use another folder")
+    return True
 
 
 def read_curve(output: Path, measure: str, seed: int) -> Curve:
@@ -113,6 +127,8 @@ def _start(stage: str, folder: Path) -> Path:
     weak = folder / "weak"
     if not (weak / "config.json").exists():
         weaken("mini", weak, NOISE, WEAK_SEED)
+    if dict(weakened_by(weak)) != {"planner": "mini", "noise": NOISE, "seed": WEAK_SEED}:
+        raise ConfigError(f"{weak}: weakened by {dict(weakened_by(weak))}, now by noise {NOISE}; use another folder")
     if stage == "stage1":
         return weak
     found = folder / "stage1-seed1" / run.PLANNER
@@ -122,6 +138,8 @@ def _start(stage: str, folder: Path) -> Path:
 
 
 def _write(stage: str, folder: Path, curves: Sequence[Curve], overrides: Sequence[str]) -> tuple[Path, Path]:
+    ran = json.loads((folder / f"{stage}-seed{curves[0].seed}" / run.RUN).read_bytes())
+    settings = {name: value for name, value in ran["config"].items() if name not in PLACES}
     command = f"replan train prove {stage} FOLDER --seeds {len(curves)}"
     mean = {name: statistics.fmean(getattr(curve, name) for curve in curves) for name in ("start", "end")}
     told = {
@@ -131,17 +149,17 @@ def _write(stage: str, folder: Path, curves: Sequence[Curve], overrides: Sequenc
         "holds": holds(stage, curves),
         "start": mean["start"],
         "end": mean["end"],
-        "held_out_items": HELD_OUT,
-        "weakened_by": {"noise": NOISE, "seed": WEAK_SEED},
+        "held_out_items": min(HELD_OUT, settings["val_items"]),
+        "weakened_by": weakened_by(folder / "weak"),
         "seeds": [
             {"seed": c.seed, "start": c.start, "end": c.end, "held_out": c.held_out, "training": c.training}
             for c in curves
         ],
         "command": " ".join([command, *overrides]),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": ran["starts"][-1]["date"][:10],
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "config": configs.dump(configs.load(GrpoConfig, f"grpo/mini_{stage}", overrides)),
-        "versions": run.versions(),
+        "config": settings,
+        "versions": ran["starts"][-1]["versions"],
     }
     paths = folder / f"{stage}.json", folder / f"{stage}.png"
     record.write_json(told, paths[0])
@@ -150,11 +168,9 @@ def _write(stage: str, folder: Path, curves: Sequence[Curve], overrides: Sequenc
 
 
 def draw(stage: str, curves: Sequence[Curve]) -> bytes:
-    """The curves as PNG bytes. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("the picture needs matplotlib: pip install 'replan[eval]'") from error
+    """The curves as PNG bytes."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for number, curve in enumerate(curves):

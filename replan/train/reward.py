@@ -175,7 +175,7 @@ def _score_regions(items: list[Any] | None, examples: Examples) -> tuple[float, 
         is_copied_hint = isinstance(hint, str) and _plain(hint) in examples.hints
         is_bad = not isinstance(hint, str) or not hint.strip() or _is_placeholder(hint) or is_copied_hint
         is_box = isinstance(box, list) and len(box) == 4 and all(_is_number(edge) for edge in box)
-        is_copied_box = isinstance(box, list) and is_box and tuple(map(float, box)) in examples.boxes
+        is_copied_box = isinstance(box, list) and is_box and tuple(box) in examples.boxes
         score -= 1.0 * is_bad + 1.0 * (not is_box) + 1.0 * is_copied_box
         sound += not is_bad
         leaks += is_copied_box or is_copied_hint

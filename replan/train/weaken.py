@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from replan import record
 from replan.errors import ConfigError, PlannerError
 from replan.train.build import model_folder
 from replan.train.folder import complete
+
+WEAKENED = "weakened.json"
 
 
 def weaken(planner: str, folder: Path, noise: float, seed: int = 0) -> Path:
@@ -31,4 +36,13 @@ def weaken(planner: str, folder: Path, noise: float, seed: int = 0) -> Path:
                 weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
     model.save_pretrained(folder)
     complete(folder, planner)
+    record.write_json({"planner": planner, "noise": noise, "seed": seed}, folder / WEAKENED)
     return folder
+
+
+def weakened_by(folder: Path) -> Mapping[str, Any]:
+    """How a folder's planner was made. Raises ConfigError where that is not said."""
+    try:
+        return json.loads((folder / WEAKENED).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: does not say how it was weakened ({error}); delete it") from error

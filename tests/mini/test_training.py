@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from replan.mini.instructions import random_item
-from replan.mini.pool import CHANNELS, EDITS, all_texts, pack, pool_edit
+from replan.mini.pool import CHANNELS, EDITS, all_texts, encode_pool, pack, pool_edit
 from replan.mini.scenes import SIZE, draw, random_scene
 from replan.mini.train_autoencoder import refine_decoder
 from replan.mini.train_editor import build_clip_tokenizer, build_t5_tokenizer, image_ids, train_editor
@@ -150,3 +150,22 @@ def test_refining_the_decoder_leaves_the_latents_alone(tmp_path: Path):
     assert not all(kept for name, kept in same.items() if "decoder" in name)
     scales = [AutoencoderKL.from_pretrained(found).config for found in (WEIGHTS / "editor" / "vae", tmp_path / "vae")]
     assert scales[0]["scaling_factor"] == scales[1]["scaling_factor"]
+
+
+def test_a_pool_of_another_autoencoder_or_size_is_made_anew(tmp_path: Path):
+    file = tmp_path / "pool" / "latents.safetensors"
+    calls = []
+
+    def coder(gain: float):
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            calls.append(gain)
+            return gain * torch.nn.functional.interpolate(images, scale_factor=1 / 8).repeat(1, 6, 1, 1)[:, :16]
+
+        return encode
+
+    first = encode_pool(coder(1.0), 3, file)[0]
+    calls.clear()
+    assert torch.equal(encode_pool(coder(1.0), 3, file)[0], first)
+    assert len(calls) == 3  # looked at, not made
+    assert torch.allclose(encode_pool(coder(2.0), 3, file)[0], 2 * first)
+    assert len(encode_pool(coder(2.0), 4, file)[0]) == 4

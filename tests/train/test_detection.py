@@ -68,3 +68,9 @@ def test_saying_a_sentence_twice_costs_one() -> None:
 def test_many_objects_stay_quick() -> None:
     many = [{"bbox_2d": [k, k, k + 20, k + 20], "point_2d": [k + 10, k + 10]} for k in range(500)]
     assert detection_reward(answer(many), many).parts["accuracy"] == pytest.approx(3.0)
+
+
+def test_numbers_too_large_for_a_float() -> None:
+    assert (
+        detection_reward(answer([{"bbox_2d": [10**400, 2, 3, 4], "point_2d": [1, 2]}]), WANTED).parts["accuracy"] == 0
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from typer.testing import CliRunner
 from replan import config as configs
 from replan.cli import app
 from replan.errors import ConfigError
+from replan.train import proof
 from replan.train.engine_trl import train
 from replan.train.grpo import GrpoConfig
-from replan.train.proof import Curve, draw, holds
+from replan.train.proof import Curve, draw, holds, prove
 from replan.train.run import read
 from replan.train.score import Scorer
 from replan.train.weaken import weaken
@@ -83,3 +85,19 @@ def test_the_proofs_verdict_and_picture() -> None:
 
 def test_an_unknown_stage(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["train", "prove", "stage3", str(tmp_path)]).exit_code == 2
+
+
+def test_a_proof_tells_what_ran_and_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished runs are not claimed for settings or a start that they never had."""
+    monkeypatch.setattr(proof, "HELD_OUT", 2)
+    monkeypatch.setattr(proof, "_data", lambda folder: (mini_rows(folder, 2).path,) * 2)
+    given = ["steps=1", "rollout.prompts=1", "optim.micro=8", "rollout.max_new=8", "val_items=2", "loggers=[]"]
+    prove("stage1", tmp_path, 1, given)
+    told = json.loads(prove("stage1", tmp_path, 1, given)[0].read_bytes())
+    assert (told["config"]["steps"], told["held_out_items"], told["holds"]) == (1, 2, False)
+    assert told["weakened_by"]["noise"] == proof.NOISE
+    with pytest.raises(ConfigError, match="finished with other settings of steps"):
+        prove("stage1", tmp_path, 1, ["steps=2", *given[1:]])
+    monkeypatch.setattr(proof, "NOISE", 0.1)
+    with pytest.raises(ConfigError, match="weakened by"):
+        prove("stage1", tmp_path, 1, given)

@@ -223,3 +223,9 @@ def test_parts_add_up() -> None:
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         RewardConfig(**wrong)
+
+
+def test_numbers_too_large_for_a_float() -> None:
+    """A policy that repeats a digit does not stop the training."""
+    found = score_text(answer([region(10**400, 2, 30, 40)]), examples_of(default_template()), PUBLISHED)
+    assert (found.format, found.leaks) == (1.0, 0)
