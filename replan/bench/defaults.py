@@ -25,13 +25,12 @@ def fastest(presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def settings_of(backbone: str) -> tuple[str, ...]:
-    """The settings that a measured mini editor speaks for: its own and those of the published editors of its kind.
+    """The settings that a measured mini editor speaks for: its own and those of published editors of its very pipeline.
 
     Raises as `find`.
     """
     row = find(backbone)[0]
-    family = "Flux" if row.pipeline.startswith("Flux") else "Qwen"
-    others = [other.config for other in BACKBONES if other.pipeline.startswith(family)]
+    others = [other.config for other in BACKBONES if other.pipeline == row.pipeline]
     return tuple(dict.fromkeys([row.config, *others]))
 
 

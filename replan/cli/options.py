@@ -78,7 +78,7 @@ Planner = Annotated[
     str | None,
     typer.Option(
         "--planner", metavar="NAME", rich_help_panel=MODELS,
-        help="Planner: mini, a hub id, a folder or the URL of an OpenAI-compatible server. "
+        help="Planner: mini, a hub id, a folder, the URL of an OpenAI-compatible server, openai:MODEL or gemini:MODEL. "
         f"Default: mini with a mini editor, else {RELEASED_PLANNER}.",
     ),
 ]  # fmt: skip

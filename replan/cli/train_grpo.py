@@ -106,7 +106,7 @@ def export(
 
     [bold]Examples[/bold]
       [cyan]replan train export runs/stage2 planner[/cyan]
-      [cyan]replan train export runs/stage2/global_step_40/actor planner[/cyan]
+      [cyan]replan train export runs/stage2/checkpoints/global_step_40/actor planner[/cyan]
     """
     from replan.cli.console import out, quiet_libraries
     from replan.train.folder import export as run
