@@ -321,4 +321,4 @@ def test_the_rows_need_only_settings_of_the_editor() -> None:
 def test_the_published_reports_can_be_shown_again(file: Path) -> None:
     text = table.markdown(table.read(file))
     assert "base editor, bare instruction" in text
-    assert "rules `direct`" in text
+    assert "rules `paper`" in text
