@@ -133,7 +133,8 @@ class Desk(Generic[W, R]):
 
     def _check(self) -> None:
         waiting = sum(not ticket.abandoned for ticket in self._waiting)
-        if waiting >= self.size:
+        idle = self.threads - len(self._running)  # each is about to take one, which then needs no place
+        if waiting >= self.size + idle:
             raise Full(waiting, max(1, math.ceil(self._pace * waiting / self.threads)))
 
     async def ask(self, id: str, digest: str, work: W, key: object, timeout: float) -> tuple[R, Ticket[W, R]]:
@@ -181,7 +182,7 @@ class Desk(Generic[W, R]):
             batch = self._next()
             if not batch:
                 return
-            start = self._running[me] = time.monotonic()
+            start = self._running[me]
             try:
                 self.act(batch)
             except BaseException as error:  # the worker must outlive one bad request; the waiting callers are told
@@ -207,9 +208,10 @@ class Desk(Generic[W, R]):
             first = self._waiting[0]
             batch = [ticket for ticket in self._waiting if ticket.key == first.key and not ticket.abandoned]
             batch = batch[: self.batch]
+            now = self._running[threading.get_ident()] = time.monotonic()
             for ticket in batch:
                 self._waiting.remove(ticket)
-                ticket.started = time.monotonic()
+                ticket.started = now
             return batch
 
     def _settle(self, batch: Sequence[Ticket[W, R]]) -> None:

@@ -87,6 +87,20 @@ def test_what_does_not_fit_is_turned_away_with_a_time():
     assert worker.batches == [["first"], ["a"], ["b"], ["c"]]
 
 
+def test_what_an_idle_worker_is_about_to_take_needs_no_place():
+    made = Desk(Worker(), size=2)
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(ask(made, word)) for word in "abc"]
+        await asyncio.sleep(0)
+        with pytest.raises(Full):
+            made.check()
+        made.start()
+        assert await asyncio.gather(*tasks) == ["A", "B", "C"]
+
+    asyncio.run(run())
+
+
 def test_equal_keys_share_a_batch_and_others_wait_their_turn():
     worker = Worker()
     made = desk(worker, size=8, batch=3)
