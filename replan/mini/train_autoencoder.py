@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from replan.mini.pool import Transform
 from replan.mini.scenes import LIGHTS, SHAPES, Scene, draw, random_scene
-from replan.mini.training import TrainConfig, fit
+from replan.mini.training import TrainConfig, fit, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = No
 
     `start` is a finished model's folder to begin from.
     """
-    torch.manual_seed(config.seed)
-    model = AutoencoderKL.from_pretrained(start) if start else build_autoencoder()
+    with seeded(config.seed):
+        model = AutoencoderKL.from_pretrained(start) if start else build_autoencoder()
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def encode(images: Tensor) -> Tensor:
@@ -78,19 +78,12 @@ def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = No
     def decode(latents: Tensor) -> Tensor:
         return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
 
-    def loss_at(step: int) -> Tensor:
-        with config.precision():
-            return reconstruction_loss(encode, decode, step, config.batch, config.device)
-
-    def evaluate(_: nn.Module, step: int) -> None:
-        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(encode, decode, device=config.device))
-
-    fit(model, loss_at, config, folder / "vae-run", evaluate=evaluate, evaluate_every=500)
+    fit_coder(model, encode, decode, config, folder / "vae-run")
     with torch.no_grad():
         latents = encode(pixels(list(range(-256, 0))))
     model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     model.save_pretrained(folder / "vae")
-    logger.info("reconstruction %.2f dB, latent spread %.3f", reconstruction_psnr(encode, decode), float(latents.std()))
+    logger.info("latent spread %.3f", float(latents.std()))
     return model
 
 
@@ -99,7 +92,6 @@ def refine_decoder(start: Path, folder: Path, config: TrainConfig) -> Autoencode
 
     Its latents stay as they are, so an editor that knows them needs no more training.
     """
-    torch.manual_seed(config.seed)
     model = AutoencoderKL.from_pretrained(start)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.encoder.requires_grad_(False)
@@ -111,17 +103,25 @@ def refine_decoder(start: Path, folder: Path, config: TrainConfig) -> Autoencode
     def decode(latents: Tensor) -> Tensor:
         return model.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
 
+    fit_coder(model, encode, decode, config, folder / "decoder-run", first=config.seed << 24)
+    model.save_pretrained(folder / "vae")
+    return model
+
+
+def fit_coder(
+    model: nn.Module, encode: Transform, decode: Transform, config: TrainConfig, folder: Path, first: int = 0
+) -> None:
+    """Train what of `model` requires gradients to give scenes back, from the scenes of step `first` on."""
+
     def loss_at(step: int) -> Tensor:
         with config.precision():
-            return reconstruction_loss(encode, decode, (config.seed << 24) + step, config.batch, config.device)
+            return reconstruction_loss(encode, decode, first + step, config.batch, config.device)
 
     def evaluate(_: nn.Module, step: int) -> None:
         logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(encode, decode, device=config.device))
 
-    fit(model, loss_at, config, folder / "decoder-run", evaluate=evaluate, evaluate_every=500)
-    model.save_pretrained(folder / "vae")
-    logger.info("reconstruction %.2f dB", reconstruction_psnr(encode, decode))
-    return model
+    fit(model, loss_at, config, folder, evaluate=evaluate, evaluate_every=500)
+    logger.info("reconstruction %.2f dB", reconstruction_psnr(encode, decode, device=config.device))
 
 
 def reconstruction_loss(encode: Transform, decode: Transform, step: int, batch: int, device: str = "cpu") -> Tensor:

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from replan.mini.pool import CHANNELS, Pool, all_texts, encode_pool, pool_batch
 from replan.mini.scenes import SIZE
 from replan.mini.train_autoencoder import refine_decoder, train_autoencoder
-from replan.mini.training import TrainConfig, fit
+from replan.mini.training import TrainConfig, fit, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +235,8 @@ def train_editor(
         return (coder.encode(images, return_dict=False)[0].mode() - shift) * scale
 
     pool = encode_pool(encode, scenes, folder / "latents.safetensors")
-    torch.manual_seed(config.seed)
-    editor, tokenizers = _load(start) if start else _build()
+    with seeded(config.seed):
+        editor, tokenizers = _load(start) if start else _build()
     logger.info("editor: %.2f M parameters", sum(p.numel() for p in editor.parameters()) / 1e6)
 
     def evaluate(model: nn.Module, step: int) -> None:

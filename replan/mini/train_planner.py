@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
 from replan.mini.instructions import random_item
 from replan.mini.scenes import SIZE, draw, random_odd_scene, random_scene
-from replan.mini.training import TrainConfig, fit
+from replan.mini.training import TrainConfig, fit, seeded
 from replan.types import Plan
 
 logger = logging.getLogger(__name__)
@@ -263,13 +263,13 @@ def train_planner(folder: Path, config: TrainConfig, start: Path | None = None) 
     `start` is the folder of a finished planner to begin with; with another seed it meets other scenes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
     vocabulary = folder / "tokenizer.json"
     if not vocabulary.exists():
         tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else train_tokenizer()
         tokenizer.save(str(vocabulary))
     tokenizer = Tokenizer.from_file(str(vocabulary))
-    model = Qwen3VLForConditionalGeneration.from_pretrained(start).float() if start else build_planner(tokenizer)
+    with seeded(config.seed):
+        model = Qwen3VLForConditionalGeneration.from_pretrained(start).float() if start else build_planner(tokenizer)
     conversations = Conversations(tokenizer)
 
     def loss_at(step: int) -> Tensor:

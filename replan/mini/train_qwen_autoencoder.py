@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage, QwenImageCausalConv3d
 from torch import Tensor, nn
 
-from replan.mini.train_autoencoder import pixels, reconstruction_loss, reconstruction_psnr
-from replan.mini.training import TrainConfig, fit
+from replan.mini.train_autoencoder import fit_coder, pixels
+from replan.mini.training import TrainConfig, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -84,22 +84,13 @@ def train_autoencoder(folder: Path, config: TrainConfig, start: Path | None = No
     """
     if (folder / "vae").exists():
         return AutoencoderKLQwenImage.from_pretrained(folder / "vae").eval()
-    torch.manual_seed(config.seed)
-    model = AutoencoderKLQwenImage.from_pretrained(start) if start else build_autoencoder()
-    coder = partial(encode, model), partial(decode, model)
-
-    def loss_at(step: int) -> Tensor:
-        with config.precision():
-            return reconstruction_loss(*coder, step, config.batch, config.device)
-
-    def evaluate(_: nn.Module, step: int) -> None:
-        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(*coder, device=config.device))
-
+    with seeded(config.seed):
+        model = AutoencoderKLQwenImage.from_pretrained(start) if start else build_autoencoder()
     with single_frame(model):
-        fit(model, loss_at, config, folder / "vae-run", evaluate=evaluate, evaluate_every=500)
+        fit_coder(model, partial(encode, model), partial(decode, model), config, folder / "vae-run")
         with torch.no_grad():
             latents = encode(model, pixels(list(range(-64, 0)))).transpose(0, 1).flatten(1)
-        logger.info("reconstruction %.2f dB, latent spread %.3f", reconstruction_psnr(*coder), float(latents.std()))
+    logger.info("latent spread %.3f", float(latents.std()))
     model.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
     model.save_pretrained(folder / "vae")
     return model
@@ -118,17 +109,8 @@ def refine_decoder(model: AutoencoderKLQwenImage, folder: Path, config: TrainCon
         with torch.no_grad():
             return encode(model, images)
 
-    coder = encode_fixed, partial(decode, model)
-
-    def loss_at(step: int) -> Tensor:
-        with config.precision():
-            return reconstruction_loss(*coder, (config.seed << 24) + step, config.batch, config.device)
-
-    def evaluate(_: nn.Module, step: int) -> None:
-        logger.info("step %d  reconstruction %.2f dB", step, reconstruction_psnr(*coder, device=config.device))
-
+    first = config.seed << 24
     with single_frame(model):
-        fit(model, loss_at, config, folder / "decoder-run", evaluate=evaluate, evaluate_every=500)
-        logger.info("reconstruction %.2f dB", reconstruction_psnr(*coder))
+        fit_coder(model, encode_fixed, partial(decode, model), config, folder / "decoder-run", first)
     model.save_pretrained(folder / "vae")
     return model

@@ -30,7 +30,7 @@ from replan.mini.scenes import SIZE, draw
 from replan.mini.train_editor import GRID, flow_loss
 from replan.mini.train_planner import FRAMES, MERGE, SPECIALS, patches
 from replan.mini.train_qwen_autoencoder import CHANNELS, encode, refine_decoder, single_frame, train_autoencoder
-from replan.mini.training import TrainConfig, fit
+from replan.mini.training import TrainConfig, fit, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -296,8 +296,8 @@ def train_editor(
     with single_frame(coder):
         pool = encode_pool(lambda images: (encode(coder, images) - mean) / std, scenes, folder / "latents.safetensors")
     tokenizer = Qwen2Tokenizer.from_pretrained(start / "tokenizer") if start else _run_tokenizer(folder / "tokenizer")
-    torch.manual_seed(config.seed)
-    editor = Editor(tokenizer)
+    with seeded(config.seed):
+        editor = Editor(tokenizer)
     if start:
         _load(editor, start)
     logger.info("editor: %.2f M parameters", sum(p.numel() for p in editor.parameters()) / 1e6)

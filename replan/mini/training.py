@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,14 @@ class TrainConfig:
     def precision(self) -> torch.autocast:
         """The context for a forward pass."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block weights are drawn from `seed`; the generator that everybody shares stays as it was."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        yield
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from replan.errors import ConfigError, PlanError, ReplanError
@@ -126,7 +126,8 @@ class Scorer:
         if edit is None or judge is None:
             raise ConfigError("reward.kind = edit: needs an editor and a judge")
         rate = judge.rate
-        request = EditRequest(row.image(), row.task.instruction, self.seed + row.task.id, plan)
+        quiet = replace(plan, notes=())  # what parsing put right was scored; the editor need not log it again
+        request = EditRequest(row.image(), row.task.instruction, self.seed + row.task.id, quiet)
         made = await self._try("editor", lambda: edit(request))
         if isinstance(made, PlanError):
             return Judged(refused=str(made))
