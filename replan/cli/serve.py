@@ -84,6 +84,8 @@ def editor(
     quantize: options.Quantize = None,
     compile: options.Compile = None,
     attention: options.Attention = None,
+    speed: options.Speed = None,
+    vae_tiling: options.VaeTiling = None,
 ) -> None:  # fmt: skip
     """Edits over HTTP; the address goes to stdout, the schema with examples is at /docs and /openapi.json.
 

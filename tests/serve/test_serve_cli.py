@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,8 @@ import pytest
 from servants import setup, until
 from typer.testing import CliRunner
 
-from replan.cli import app
+from replan.cli import app, serve
+from replan.cli.options import Flags
 from replan.errors import ServiceError
 from replan.serve import wire
 from replan.serve.limits import Limits
@@ -48,6 +51,11 @@ def test_a_judge_from_start_to_ctrl_c():
         assert process.wait(30) in (0, 130)
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+def test_the_editor_is_set_up_by_the_options_of_an_edit():
+    shared = {field.name for field in fields(Flags)} - {"strict"}  # every request says so itself
+    assert shared <= set(inspect.signature(serve.editor).parameters)
 
 
 def test_help_names_the_two_services():
