@@ -68,7 +68,7 @@ def _generate(chosen: GenerateConfig) -> int:
     """Make this process's share; returns how many items failed."""
     from dataclasses import replace
 
-    from replan.cli.console import out, say
+    from replan.cli.console import out, quiet_libraries, say
     from replan.cli.outputs import writable
     from replan.eval import generate as engine
     from replan.eval import methods, shard
@@ -78,6 +78,8 @@ def _generate(chosen: GenerateConfig) -> int:
     bench = load_bench(chosen.data)
     folder = Path(chosen.output)
     writable(folder)
+    if not chosen.service:
+        quiet_libraries()
     todo = methods.todo(replace(chosen, runtime=runtime))
     run = methods.describe(chosen, todo, bench)
     engine.compare(folder, run)  # in every process, before any of them touches an item of another run

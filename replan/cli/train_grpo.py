@@ -119,6 +119,9 @@ def prove(
     stage: Annotated[str, typer.Argument(metavar="stage1|stage2", help="Which proof.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where data, runs and results go.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Seeds trained at once, each with its share of the cores.")
+    ] = 1,
     settings: Settings = None,
 ) -> None:
     """Show on the mini world that training works: FOLDER/STAGE.json and FOLDER/STAGE.png. Run it again to go on.
@@ -126,11 +129,11 @@ def prove(
     stage1: from a weakened planner to answers in valid form. stage2: from there to more tasks done right.
 
     [bold]Example[/bold]
-      [cyan]OMP_NUM_THREADS=2 replan train prove stage1 runs/proof && replan train prove stage2 runs/proof[/cyan]
+      [cyan]replan train prove stage1 runs/proof --jobs 2 && replan train prove stage2 runs/proof --jobs 2[/cyan]
     """
     from replan.cli.console import out, quiet_libraries
     from replan.train.proof import prove as run
 
     quiet_libraries()
-    for path in run(stage, folder, seeds, settings or ()):
+    for path in run(stage, folder, seeds, settings or (), jobs):
         out(str(path))

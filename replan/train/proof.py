@@ -4,7 +4,8 @@ stage1   a weakened planner learns to answer in valid form again; measured: shar
 stage2   from there, plans are rendered and judged; measured: share of held-out tasks done right, that is, the exact
          judge gives target, effect and consistency 4 or more
 
-Each seed is an ordinary run of configs/grpo/mini_<stage>.yaml, so it can be stopped and goes on.
+Each seed is an ordinary run of configs/grpo/mini_<stage>.yaml, so it can be stopped and goes on; several run side by
+side.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import importlib.util
 import io
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from replan import config as configs
 from replan import record
-from replan.errors import ConfigError
+from replan.errors import ConfigError, ReplanError
 from replan.images import write_atomic
 from replan.train import run
 from replan.train.build import BuildConfig, build
@@ -57,24 +61,56 @@ class Curve:
         return self.held_out[max(self.held_out)]
 
 
-def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str]) -> tuple[Path, Path]:
-    """Run what is missing; write `<folder>/<stage>.json` and `.png`. Raises ConfigError for an unknown stage."""
+def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str], jobs: int = 1) -> tuple[Path, Path]:
+    """Run what is missing, `jobs` seeds at once; write `<folder>/<stage>.json` and `.png`.
+
+    Raises ConfigError for an unknown stage.
+    """
     if stage not in MEASURE:
         raise ConfigError(f"stage {stage!r}: must be {' or '.join(MEASURE)}")
     if importlib.util.find_spec("matplotlib") is None:  # said before the work, not after it
         raise ConfigError("the picture needs matplotlib: pip install 'replan[train]'")
     train_file, held_out = _data(folder)
     start = _start(stage, folder)
-    curves = []
-    for seed in range(1, seeds + 1):
-        output = folder / f"{stage}-seed{seed}"
+    outputs = {seed: folder / f"{stage}-seed{seed}" for seed in range(1, seeds + 1)}
+    missing = []
+    for seed, output in outputs.items():
         given = [("planner", str(start)), ("train", str(train_file)), ("val", str(held_out)), ("output", str(output))]
         chosen = configs.load(GrpoConfig, f"grpo/mini_{stage}", [*given, ("seed", seed), *overrides])
         if not _is_done(output, chosen):
-            train(chosen)
-        curves.append(read_curve(output, MEASURE[stage], seed))
-        log.info("seed %d: %s %.3f -> %.3f on held-out items", seed, MEASURE[stage], curves[-1].start, curves[-1].end)
+            missing.append(chosen)
+    _train(missing, min(jobs, len(missing)))
+    curves = [read_curve(output, MEASURE[stage], seed) for seed, output in outputs.items()]
+    for curve in curves:
+        log.info("seed %d: %s %.3f -> %.3f on held-out items", curve.seed, MEASURE[stage], curve.start, curve.end)
     return _write(stage, folder, curves, overrides)
+
+
+def _train(chosen: Sequence[GrpoConfig], jobs: int) -> None:
+    """Train each, `jobs` at once in processes of their own that share the cores."""
+    if jobs < 2:
+        for config in chosen:
+            train(config)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    try:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            list(pool.map(_train_beside, chosen, [threads] * len(chosen)))
+    except BrokenProcessPool as error:
+        raise ReplanError("the process of a seed died; the same command goes on") from error
+
+
+def _train_beside(config: GrpoConfig, threads: int) -> None:
+    """One of several trainings at once: in a fresh process, whose log says which seed it is."""
+    import torch
+
+    torch.set_num_threads(threads)
+    told = logging.StreamHandler()
+    told.setFormatter(logging.Formatter(f"seed {config.seed}: %(message)s"))
+    logger = logging.getLogger("replan")
+    logger.addHandler(told)
+    logger.setLevel(logging.INFO)
+    train(config)
 
 
 def _is_done(output: Path, chosen: GrpoConfig) -> bool:

@@ -92,7 +92,7 @@ def test_a_proof_tells_what_ran_and_refuses_other_settings(tmp_path: Path, monke
     monkeypatch.setattr(proof, "HELD_OUT", 2)
     monkeypatch.setattr(proof, "_data", lambda folder: (mini_rows(folder, 2).path,) * 2)
     given = ["steps=1", "rollout.prompts=1", "optim.micro=8", "rollout.max_new=8", "val_items=2", "loggers=[]"]
-    prove("stage1", tmp_path, 1, given)
+    prove("stage1", tmp_path, 2, given, jobs=2)
     told = json.loads(prove("stage1", tmp_path, 1, given)[0].read_bytes())
     assert (told["config"]["steps"], told["held_out_items"], told["holds"]) == (1, 2, False)
     assert told["weakened_by"]["noise"] == proof.NOISE
