@@ -60,20 +60,21 @@ def _told(value: Any) -> bool:
     return value is not None and value != [] and value != {}
 
 
-def tables(report: Mapping[str, Any]) -> list[Table]:
-    """One table per group, for a terminal."""
+def tables(report: Mapping[str, Any]) -> list[tuple[Table, list[str]]]:
+    """One table per group, for a terminal of 80 columns or more, and below it what ran in each row."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
     made = []
     for title, rows in groups(report).items():
-        table = Table(*COLUMNS, title=title, title_justify="left", show_lines=True)
+        table = Table(*COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.collapse_padding = True
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "right", True
         for row in rows:
-            name, *figures = cells(row)
-            table.add_row(Text(name).append(f"\n{ran(row)}" if ran(row) else "", style="dim"), *figures)
-        made.append(table)
+            table.add_row(*map(escape, cells(row)))
+        made.append((table, [f"{row['name']}: {ran(row)}" for row in rows if ran(row)]))
     return made
 
 

@@ -82,8 +82,11 @@ def run(
     report = measure(asked, say, keep)
     console = Console()
     console.print(Text(heading(report)), soft_wrap=True)
-    for table in tables(report):
+    for table, notes in tables(report):
         console.print(table)
+        for note in notes:
+            console.print(Text(note, style="dim"))
+        console.print()
     for note in NOTES:
         console.print(Text(note, style="dim"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ from replan.bench.loops import loop_rows
 from replan.bench.measure import Plan, Row, Side, alternate
 from replan.bench.model import Bench, Scene, boxes, build
 from replan.bench.plans import plan_rows
-from replan.bench.show import markdown
+from replan.bench.show import cells, markdown, tables
 from replan.bench.sizes import TINY, shapes
 from replan.bench.steps import STOCK, step_rows
 from replan.bench.suite import Asked, run
@@ -27,6 +29,7 @@ from replan.cli import app
 from replan.errors import ConfigError
 from replan.types import Grid
 
+ASSETS = Path(__file__).parents[2] / "assets"
 CPU = torch.device("cpu")
 HOW = Plan(CPU, 1, "wall", lambda line: None)
 SCENE = Scene(2, 0.2)
@@ -246,3 +249,15 @@ def test_steps_and_edits_are_right_on_a_gpu(shape: Any) -> None:
         assert row.more.get("recompilations", 0) == 0, row
         assert row.error is not None
         assert row.error <= limit, row
+
+
+def test_the_tables_can_be_read_on_eighty_columns() -> None:
+    report = json.loads((ASSETS / "bench" / "tiny.json").read_bytes())
+    console = Console(width=80, file=io.StringIO(), record=True)
+    for table, _ in tables(report):
+        console.print(table)
+    shown = console.export_text()
+    for row in report["rows"]:
+        name, *figures = cells(row)
+        assert any(all(figure in line for figure in figures) for line in shown.splitlines()), row["name"]
+        assert name.split()[0] in shown
