@@ -48,10 +48,6 @@ def run(
         return
     import json
 
-    from rich.console import Console
-    from rich.text import Text
-
-    from replan.bench.show import NOTES, heading, tables
     from replan.bench.show import markdown as page
     from replan.bench.suite import Asked
     from replan.bench.suite import run as measure
@@ -79,7 +75,16 @@ def run(
             write_atomic(markdown, page(report, command).encode())
 
     quiet_libraries()
-    report = measure(asked, say, keep)
+    _show(measure(asked, say, keep))
+
+
+def _show(report: dict[str, Any]) -> None:
+    """The tables on stdout."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from replan.bench.show import NOTES, heading, tables
+
     console = Console()
     console.print(Text(heading(report)), soft_wrap=True)
     for table, notes in tables(report):

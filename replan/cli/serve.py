@@ -96,8 +96,7 @@ def editor(
     """  # fmt: skip
     given = dict(locals())
     _needs_web()
-    words = [word for word in settings or () if word]
-    _, _, rest = options.positionals(words, 0)
+    _, _, rest = options.positionals([word for word in settings or () if word], 0)
     setup = _setup(given | {"settings": rest})
     limits = _limits(queue=queue, batch=batch, timeout=timeout, max_pixels=max_pixels, max_bytes=max_bytes,
                      max_steps=max_steps)  # fmt: skip
