@@ -126,7 +126,8 @@ def prove(
 ) -> None:
     """Show on the mini world that training works: FOLDER/STAGE.json and FOLDER/STAGE.png. Run it again to go on.
 
-    stage1: from a weakened planner to answers in valid form. stage2: from there to more tasks done right.
+    stage1: from a weakened planner to answers in valid form. stage2: from one that is in form again to more tasks done
+    right.
 
     [bold]Example[/bold]
       [cyan]replan train prove stage1 runs/proof --jobs 2 && replan train prove stage2 runs/proof --jobs 2[/cyan]

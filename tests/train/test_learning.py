@@ -95,9 +95,24 @@ def test_a_proof_tells_what_ran_and_refuses_other_settings(tmp_path: Path, monke
     prove("stage1", tmp_path, 2, given, jobs=2)
     told = json.loads(prove("stage1", tmp_path, 1, given)[0].read_bytes())
     assert (told["config"]["steps"], told["held_out_items"], told["holds"]) == (1, 2, False)
-    assert told["weakened_by"]["noise"] == proof.NOISE
+    assert told["weakened_by"]["noise"] == proof.NOISE["stage1"]
     with pytest.raises(ConfigError, match="finished with other settings of steps"):
         prove("stage1", tmp_path, 1, ["steps=2", *given[1:]])
-    monkeypatch.setattr(proof, "NOISE", 0.1)
+    monkeypatch.setitem(proof.NOISE, "stage1", 0.1)
     with pytest.raises(ConfigError, match="weakened by"):
         prove("stage1", tmp_path, 1, given)
+
+
+def test_the_second_proof_begins_with_a_short_first_stage_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "_data", lambda folder: (mini_rows(folder, 2).path,) * 2)
+    small = ("rollout.prompts=1", "optim.micro=8", "rollout.max_new=8", "val_items=2", "loggers=[]")
+    monkeypatch.setattr(proof, "FORM", ("steps=2", *small))
+    told = json.loads(prove("stage2", tmp_path, 1, ["steps=1", *small])[0].read_bytes())
+    assert told["weakened_by"]["noise"] == proof.NOISE["stage2"]
+    assert told["then"].startswith("stage 1, seed 1, steps=2")
+    start, ran = (json.loads((tmp_path / f"stage2-{name}" / "run.json").read_bytes()) for name in ("start", "seed1"))
+    assert (start["config"]["reward"]["kind"], start["config"]["steps"]) == ("format", 2)
+    assert ran["config"]["planner"] == str(tmp_path / "stage2-start" / "planner")
+    assert not (tmp_path / "weak").exists()  # the first proof's
