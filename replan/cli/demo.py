@@ -39,6 +39,7 @@ def demo(
     quantize: options.Quantize = None,
     compile: options.Compile = None,
     attention: options.Attention = None,
+    speed: options.Speed = None,
     vae_tiling: options.VaeTiling = None,
 ) -> None:
     """Open the app: plan, correct boxes and hints by hand, edit, compare. Without options on the mini models, offline.
@@ -66,7 +67,7 @@ def demo(
         raise ConfigError("offload = stages: the demo keeps planners and editors loaded; use --offload model")
     backbones = backbone or ["mini"]
     planners = planner or [str(Flags(backbone=backbones[0]).setup().planner)]
-    studio = Studio.load(backbones, planners, runtime)
+    studio = Studio.load(backbones, planners, runtime, speed)
     if share or host not in (LOOPBACK, "localhost"):
         say("warning: whoever can reach this address can use the models; there is no login")
     if backbones[0] == planners[0] == "mini":  # a matter of seconds, and then nobody waits; others load when first used

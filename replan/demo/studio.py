@@ -33,10 +33,19 @@ class Studio:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, backbones: Sequence[str], planners: Sequence[str], runtime: Runtime) -> Studio:
-        """By the names that `replan edit` takes; nothing is loaded yet. Raises ConfigError for an unknown backbone."""
-        from replan.backbones import default_config, load_backbone
+    def load(
+        cls, backbones: Sequence[str], planners: Sequence[str], runtime: Runtime, speed: str | None = None
+    ) -> Studio:
+        """By the names that `replan edit` takes; nothing is loaded yet. `speed` is a preset or a file, null for each
+        backbone's own. Raises ConfigError for an unknown backbone or preset.
+        """
+        from replan import config
+        from replan.backbones import find, load_backbone
+        from replan.backbones.base import EditConfig
         from replan.planner import PlannerConfig, load_planner
+        from replan.speed import speed_values
+
+        chosen = [] if speed is None else [("speed", speed_values(speed))]
 
         def planner(name: str) -> Callable[[], Planner]:
             return lambda: load_planner(name, PlannerConfig(), runtime.torch_device(), runtime.torch_dtype())
@@ -44,7 +53,7 @@ class Studio:
         return cls(
             {name: lambda name=name: load_backbone(name, runtime) for name in backbones},
             {name: planner(name) for name in planners},
-            {name: default_config(name) for name in backbones},
+            {name: config.load(EditConfig, find(name)[0].config, chosen) for name in backbones},
             runtime,
         )
 

@@ -236,3 +236,15 @@ def test_an_upload_that_is_no_picture_changes_nothing(visit: Visit, mini: str, t
 def test_the_package_carries_the_page() -> None:
     static = Path(str(resources.files("replan.demo").joinpath("static")))
     assert {path.suffix for path in static.iterdir()} == {".html", ".css", ".js"}
+
+
+def test_the_speed_of_its_edits_is_chosen_at_the_start() -> None:
+    from replan.backbones.runtime import Runtime
+    from replan.demo.studio import Studio
+    from replan.errors import ConfigError
+
+    own, exact, fast = (Studio.load(["mini"], ["mini"], Runtime(), speed) for speed in (None, "exact", "fast"))
+    caches = [studio.config("mini").speed.cache for studio in (own, exact, fast)]
+    assert caches == ["reference", "none", "background"]
+    with pytest.raises(ConfigError, match="speed"):
+        Studio.load(["mini"], ["mini"], Runtime(), "warp")
