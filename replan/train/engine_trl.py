@@ -37,9 +37,9 @@ def train(config: GrpoConfig, scorer: Scorer | None = None) -> Path:
     rows, val = Rows(config.train), None if config.val is None else Rows(config.val)
     arguments = GRPOConfig(**_arguments(config, len(val) if val else 0))
     scorer = open_scorer(config) if scorer is None else scorer
-    trainer = _trainer(config, arguments, rows, val, Patience(scorer, config.services, seed=config.seed))
-    is_first = trainer.is_world_process_zero()
     last = last_checkpoint(config.output)
+    trainer = _trainer(config, arguments, rows, val, Patience(scorer, config.services, seed=config.seed), _step(last))
+    is_first = trainer.is_world_process_zero()
     if is_first:
         engine = {name: value for name, value in arguments.to_dict().items() if not name.startswith("push_to_hub")}
         run.start(config, rows, val, json.loads(json.dumps(engine, default=str)))
@@ -78,7 +78,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _trainer(config: GrpoConfig, arguments: Any, rows: Rows, val: Rows | None, patience: Patience) -> Any:
+def _trainer(config: GrpoConfig, arguments: Any, rows: Rows, val: Rows | None, patience: Patience, done: int) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
     from replan.train.trl_trainer import Beside, Console, PlannerTrainer, Rewarder
@@ -95,6 +95,7 @@ def _trainer(config: GrpoConfig, arguments: Any, rows: Rows, val: Rows | None, p
 
     trainer = PlannerTrainer(
         Rewarder(config, rows, val, patience, decode),
+        done,
         model=model,
         args=arguments,
         processing_class=processor,

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with the three things that it does not do: failures leave the loss, outages stop, greedy checks."""
+"""TRL's GRPOTrainer with what it lacks: failures leave the loss, outages stop, greedy checks, later epochs go on."""
 
 from __future__ import annotations
 
@@ -74,12 +74,20 @@ class Rewarder:
 
 
 class PlannerTrainer(GRPOTrainer):
-    """GRPO on plans. `rewarder` is the only reward function."""
+    """GRPO on plans. `rewarder` is the only reward function, `done` the steps that are behind it already."""
 
-    def __init__(self, rewarder: Rewarder, **given: Any) -> None:
+    def __init__(self, rewarder: Rewarder, done: int = 0, **given: Any) -> None:
         super().__init__(reward_funcs=[rewarder], **given)  # type: ignore[arg-type]
-        self._rewarder = rewarder
+        self._rewarder, self._done = rewarder, done
         self._failed: Tensor | None = None  # [rollouts of all processes]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, moved to the epoch that it goes on in: one generator draws the order of every epoch in turn."""
+        sampler: Any = super()._get_train_sampler(dataset)
+        a_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        for _ in range(self._done * a_step // len(sampler)):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """As TRL does it; an outage met by any process is raised in all of them."""

@@ -228,6 +228,20 @@ def test_results_load_as_ordinary_folders(folder: Path, lora: int, undisturbed: 
     assert answers[0] == answers[1]
 
 
+def test_a_run_goes_on_in_a_later_epoch_as_if_nothing_had_been(folder: Path) -> None:
+    """Twelve rows at two a step: every epoch is six steps and has an order of its own."""
+    whole = settings(folder, "epochs", "steps=10", "save_every=100")
+    train(whole, TextScorer())  # type: ignore[arg-type]
+    stopped = settings(folder, "stopped", "steps=10", "save_every=100")
+    for last in (8, 1):
+        with pytest.raises(Outage):
+            train(stopped, TextScorer(fails=lambda call, at, last=last: call > last))  # type: ignore[arg-type,misc]
+    train(stopped, TextScorer())  # type: ignore[arg-type]
+    expected, found = (read(run.output / "rollouts.jsonl") for run in (whole, stopped))
+    assert [one["items"] for one in found] == [one["items"] for one in expected]
+    assert [one["items"] for one in expected[:4]] != [one["items"] for one in expected[6:]]
+
+
 def _app() -> Any:
     from replan.cli import app
 
