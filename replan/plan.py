@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from replan.errors import PlanError
 from replan.regions import FAR, MAX_REGIONS, read_box, read_hint, read_point, read_regions, show, whole
@@ -48,9 +48,9 @@ class AnswerError(PlanError):
 
 
 @cache
-def default_template() -> str:
-    """The planner prompt that ships with the package."""
-    return resources.files("replan").joinpath("prompts", "plan.txt").read_text(encoding="utf-8")
+def default_template(task: Literal["plan", "detect"] = "plan") -> str:
+    """The prompt that ships with the package: a planner's, or the one of detection data."""
+    return resources.files("replan").joinpath("prompts", f"{task}.txt").read_text(encoding="utf-8")
 
 
 @cache

@@ -38,7 +38,7 @@ class BuildConfig:
     split       train, dev, test or what the dataset has
     count       only the first so many rows; the mini world's train split is endless and takes 2,000 by default
     model       the planner that will be trained: its tokenizer counts the prompt, its folder may bring a template
-    template    prompt file; null: the model's own, else the package's
+    template    prompt file; null: the model's own, else the package's (detection: the package's for finding objects)
     order       image_first, as planners are asked; text_first: rules, picture, request, as in the released training
     frame       seen: boxes in pixels of the stored picture; thousand: in thousandths of each side
     multiple    sides of stored pictures are multiples of this: the model's patch size times its merge size
@@ -159,8 +159,10 @@ def _mini(first: int, count: int) -> Iterator[Item]:
 
 
 def _template(settings: BuildConfig) -> str:
-    """The configured file, else the one in the model's folder, else the package's."""
+    """The configured file, else the one in the model's folder or the package's; for detection always the package's."""
     path = settings.template
+    if path is None and settings.kind == "detection":
+        return default_template("detect")
     if path is None and settings.model is not None:
         from transformers.utils.hub import cached_file
 

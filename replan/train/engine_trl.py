@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from replan.errors import ConfigError, PlannerError
 from replan.train import run
 from replan.train.build import model_folder
 from replan.train.data import Row, Rows, prompt_content
-from replan.train.folder import complete
+from replan.train.folder import complete, merge_adapter
 from replan.train.grpo import GrpoConfig
 from replan.train.patience import Outage, Patience
 from replan.train.services import open_scorer
@@ -35,6 +36,7 @@ def train(config: GrpoConfig, scorer: Scorer | None = None) -> Path:
     except ImportError as error:
         raise ConfigError(f"engine trl: {error}; pip install 'replan[train]'") from error
     rows, val = Rows(config.train), None if config.val is None else Rows(config.val)
+    run.check_rows(config, rows)
     arguments = GRPOConfig(**_arguments(config, len(val) if val else 0))
     scorer = open_scorer(config) if scorer is None else scorer
     last = last_checkpoint(config.output)
@@ -78,7 +80,9 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _trainer(config: GrpoConfig, arguments: Any, rows: Rows, val: Rows | None, patience: Patience, done: int) -> Any:
+def _trainer(
+    config: GrpoConfig, arguments: Any, rows: Rows, val: Rows | None, patience: Patience, done: int = 0
+) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
     from replan.train.trl_trainer import Beside, Console, PlannerTrainer, Rewarder
@@ -160,7 +164,10 @@ def _lora(config: GrpoConfig) -> Any:
     from peft import LoraConfig
 
     rank = config.optim.lora
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    kept_out = r".*\bvisual\b.*" if config.policy.freeze_vision else None
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=kept_out, task_type="CAUSAL_LM"
+    )
 
 
 def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
@@ -168,9 +175,10 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
     import torch
     from accelerate import PartialState
 
+    wait = timedelta(seconds=config.services.patience + 1800)  # the other processes wait while one pauses
     rollout, policy, optim = config.rollout, config.policy, config.optim
     on_gpu = torch.cuda.is_available()
-    world = PartialState(cpu=not on_gpu).num_processes  # without `cpu` it would see one process where FSDP has several
+    world = PartialState(cpu=not on_gpu, timeout=wait).num_processes  # connects them; without `cpu` it may see only one
     if config.rollouts % (optim.micro * world):
         raise ConfigError(
             f"optim.micro = {optim.micro} on {world} processes: must divide the {config.rollouts} rollouts of a step"
@@ -195,7 +203,7 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
         "epsilon": policy.clip_low, "epsilon_high": policy.clip_high, "delta": policy.clip_dual, "beta": policy.kl,
         "loss_type": "dapo", "scale_rewards": "group", "num_iterations": 1,  # token mean over the whole batch
         "save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": config.keep,
-        "ddp_timeout": int(config.services.patience) + 1800,  # the others wait while one process pauses
+        "ddp_timeout": int(wait.total_seconds()),
     }  # fmt: skip
     if held_out:
         count = min(held_out, config.val_items)
@@ -236,14 +244,14 @@ def _known(config: GrpoConfig) -> dict[str, Any]:
 
 
 def _finish(trainer: Any, config: GrpoConfig) -> Path:
-    """Write `<output>/planner`; an adapter is merged into its base."""
+    """Write `<output>/planner`; an adapter is merged into its base. All processes save: each may hold a part only."""
     folder = config.output / run.PLANNER
-    if not config.optim.lora:
-        trainer.save_model(str(folder))
-    elif trainer.is_world_process_zero():
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(folder)
+    saved = config.output / run.ADAPTER if config.optim.lora else folder
+    trainer.save_model(str(saved))
     if trainer.is_world_process_zero():
+        if config.optim.lora:
+            merge_adapter(saved, folder)
         complete(folder, config.planner)
+        run.finish(config.output)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -46,10 +46,11 @@ def train(config: GrpoConfig) -> Path:
 
     Raises ConfigError for settings that verl refuses, Outage when editor or judge stayed away too long.
     """
+    if config.policy.freeze_vision:
+        raise ConfigError(f"policy.freeze_vision: verl {VERSION} has the key but nothing that heeds it; use engine trl")
     composed = compose(config)
     rows, val = Rows(config.train), None if config.val is None else Rows(config.val)
-    if len(rows) < config.rollout.prompts:
-        raise ConfigError(f"{config.train}: {len(rows)} rows are fewer than rollout.prompts = {config.rollout.prompts}")
+    run.check_rows(config, rows)
     open_scorer(config).close()  # a wrong name is told now, and not by a lost batch
     run.start(config, rows, val, _plain(composed))
     log.info("verl: %d steps on %d x %d GPUs", config.steps, config.nodes, config.gpus)
@@ -57,6 +58,7 @@ def train(config: GrpoConfig) -> Path:
     newest = checkpoint_of(config.output)
     if shards_of(newest):
         merge(newest, config.output / run.PLANNER)
+        run.finish(config.output)
         return config.output / run.PLANNER
     log.warning("%s: the other nodes hold its shards; gather them here, then: replan train export", newest)
     return newest

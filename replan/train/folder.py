@@ -38,16 +38,15 @@ def complete(folder: Path, start: str) -> None:
 
 
 def export(source: Path, target: Path) -> Path:
-    """Make an ordinary model folder of a run's folder or a checkpoint of any engine. Raises ConfigError."""
-    if (source / "planner" / "config.json").exists():
-        source = source / "planner"
-    elif (source / "fsdp_config.json").exists() or any((source / name).is_dir() for name in ("actor", "checkpoints")):
+    """Make an ordinary model folder of a run's newest state, or of a checkpoint, of any engine. Raises ConfigError."""
+    source = _newest(source)
+    if (source / "fsdp_config.json").exists() or any((source / name).is_dir() for name in ("actor", "checkpoints")):
         from replan.train import engine_verl
 
         engine_verl.merge(source, target)
         return target
     if (source / "adapter_config.json").exists():
-        return _merge_adapter(source, target)
+        return merge_adapter(source, target)
     if not (source / "config.json").exists():
         raise ConfigError(f"{source}: holds no model; name a run's folder, a checkpoint-<k> or a global_step_<k>/actor")
     target.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,20 @@ def export(source: Path, target: Path) -> Path:
     return target
 
 
-def _merge_adapter(source: Path, target: Path) -> Path:
+def _newest(source: Path) -> Path:
+    """Of a run its planner, when that is its end, else its newest checkpoint; anything else as it is."""
+    from replan.train import run
+    from replan.train.engine_trl import last_checkpoint
+
+    planner, last = source / run.PLANNER, last_checkpoint(source)
+    has_checkpoints = last is not None or (source / "checkpoints").is_dir()  # engine verl's
+    if (planner / "config.json").exists() and (run.is_finished(source) or not has_checkpoints):
+        return planner
+    return last or source
+
+
+def merge_adapter(source: Path, target: Path) -> Path:
+    """Write the base of the adapter in `source` with the adapter merged into it."""
     import json
 
     from peft import PeftModel

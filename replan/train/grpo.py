@@ -23,7 +23,7 @@ class RolloutConfig:
     group: int = 8
     temperature: float = 1.0
     top_p: float = 0.99
-    max_prompt: int = 2048  # tokens; longer prompts are left out when the data is built
+    max_prompt: int = 2048  # tokens that engine verl makes room for; `replan train data` leaves longer ones out
     max_new: int = 2048
     max_model: int = 8192  # of a vLLM engine
     vllm: Literal["off", "colocate", "server"] = "off"  # engine trl only; verl always uses vLLM
@@ -39,7 +39,7 @@ class PolicyConfig:
     clip_high: float = 0.28
     clip_dual: float | None = 3.0
     kl: float = 0.0  # coefficient of the low-variance estimate (k3), a term of the loss
-    freeze_vision: bool = False
+    freeze_vision: bool = False  # engine trl only
 
 
 @dataclass(frozen=True, slots=True)

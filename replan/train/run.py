@@ -5,6 +5,7 @@
 <output>/samples/          pages with sample rollouts
 <output>/checkpoint-<k>/   engine trl: an ordinary folder of transformers, with the trainer's state beside the weights
 <output>/planner/          the finished planner, an ordinary folder of transformers
+<output>/adapter/          engine trl with LoRA: what was trained, before it was merged into the planner
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from replan.train.data import Rows
 from replan.train.grpo import GrpoConfig
 from replan.train.score import Scored
 
-RUN, ROLLOUTS, SAMPLES, PLANNER = "run.json", "rollouts.jsonl", "samples", "planner"
+RUN, ROLLOUTS, SAMPLES, PLANNER, ADAPTER = "run.json", "rollouts.jsonl", "samples", "planner", "adapter"
 FORMAT = 1
 _PACKAGES = ("trl", "verl", "vllm", "ray", "datasets", "pyarrow")
 # What may differ between a run and its resumption without making it another run.
@@ -49,8 +50,29 @@ def start(config: GrpoConfig, train: Rows, val: Rows | None, engine: Mapping[str
         earlier = json.loads(path.read_bytes())
         starts = earlier.get("starts", [])
         _same(path, earlier, found)
-    now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    free = {name: value for name, value in found["config"].items() if name in _FREE}  # run.json keeps the last ones
+    now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "settings": free}
     record.write_json(found | {"starts": [*starts, now]}, path)
+
+
+def finish(output: Path) -> None:
+    """Note in run.json that <output>/planner is the run's end; the next start takes the note away."""
+    found = json.loads((output / RUN).read_bytes())
+    record.write_json(found | {"finished": True}, output / RUN)
+
+
+def is_finished(output: Path) -> bool:
+    """Whether <output>/planner is what the run came to, and not what an earlier, shorter one did."""
+    try:
+        return json.loads((output / RUN).read_bytes()).get("finished", False) is True
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_rows(config: GrpoConfig, rows: Rows) -> None:
+    """Raises ConfigError for data that does not fill a single step."""
+    if len(rows) < config.rollout.prompts:
+        raise ConfigError(f"{config.train}: {len(rows)} rows are fewer than rollout.prompts = {config.rollout.prompts}")
 
 
 def versions() -> dict[str, str]:

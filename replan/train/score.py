@@ -160,6 +160,10 @@ class Scorer:
         except (ReplanError, OSError, httpx.HTTPError) as error:
             log.debug("%s failed", stage, exc_info=True)
             return Failure(stage, f"{type(error).__name__}: {error}")
+        except RuntimeError as error:  # an editor in this process on a full device; everything else is a bug
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            return Failure(stage, "the device is out of memory")
 
     def close(self) -> None:
         """Start nothing new."""
@@ -176,7 +180,7 @@ def _plan(row: Row, answer: str) -> Plan | None:
 
 
 def _is_valid(text: TextScore, plan: Plan | None) -> bool:
-    """A well-formed answer whose plan can be used as it stands, nothing repaired or dropped."""
+    """A well-formed answer of whose regions none is dropped. Boxes may be put in order or clipped to the picture."""
     return text.format == 1.0 and plan is not None and text.count == len(plan.regions)
 
 

@@ -122,7 +122,7 @@ class PlannerTrainer(GRPOTrainer):
         return found
 
     def evaluate(self, *args: Any, **given: Any) -> dict[str, float]:
-        """One greedy answer to each held-out item."""
+        """One answer to each held-out item: the greedy one, or with vLLM a sampled one, as in training."""
         kept = self.generation_config
         if not self.use_vllm:
             self.generation_config = copy.deepcopy(kept)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+import torch
 from rollouts import Editor, Judge, answer, exact_plan, mini_rows, outage
 
 from replan.errors import ConfigError, PlanError, ServiceError
@@ -55,8 +56,12 @@ def test_right_wrong_and_malformed(rows: Rows) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [outage(), ServiceError("503"), httpx.ConnectError("refused"), ConnectionResetError(), TimeoutError()]
-)
+    "error",
+    [
+        outage(), ServiceError("503"), httpx.ConnectError("refused"), ConnectionResetError(), TimeoutError(),
+        torch.OutOfMemoryError("a full device"),
+    ],
+)  # fmt: skip
 def test_an_editor_out_of_order_is_no_zero(rows: Rows, error: Exception) -> None:
     editor = Editor(rows)
     editor.broken = lambda number, request: error
@@ -97,9 +102,10 @@ def test_a_plan_that_the_editor_refuses_is_the_policys_fault(rows: Rows) -> None
 
 def test_a_bug_is_not_swallowed(rows: Rows) -> None:
     editor = Editor(rows)
-    editor.broken = lambda number, request: KeyError("bug")
-    with pytest.raises(KeyError):
-        score(Scorer(EDIT, editor, Judge()), rows, [good(rows)])
+    for bug in (KeyError("bug"), RuntimeError("shapes differ")):
+        editor.broken = lambda number, request, bug=bug: bug
+        with pytest.raises(type(bug)):
+            score(Scorer(EDIT, editor, Judge()), rows, [good(rows)])
 
 
 def test_settings_that_never_worked_are_the_users_to_mend(rows: Rows) -> None:

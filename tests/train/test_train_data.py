@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from replan.mini.instructions import SPLITS
 from replan.plan import default_template, parse
 from replan.train.build import FIRST_SEED, BuildConfig, build
 from replan.train.data import IMAGE, Rows, Task, prompt_content
+from replan.train.detection import detection_reward
 from replan.types import Size
 
 MINI = BuildConfig(model="mini", multiple=16, count=5)
@@ -139,9 +141,13 @@ def test_known_objects_are_measured_in_the_frame_of_answers(tmp_path: Path) -> N
         [{"image": png(120, 90), "answer": json.dumps(cup)}, {"image": png(64, 64), "answer": "a cup"}],
     )
     built = build(BuildConfig(str(source), kind="detection"), tmp_path / "x.parquet")
-    (item,) = json.loads(Rows(built.path)[0].task.answer)  # the picture is stored as 112 x 84
+    row = Rows(built.path)[0]
+    (item,) = json.loads(row.task.answer)  # the picture is stored as 112 x 84
     assert item == {"bbox_2d": [0, 42, 56, 84], "point_2d": [28, 56], "label": "cup"}
     assert built.counts() == {"written": 1, "overlong": 0, "broken": 1, "broken, answer": 1}
+    example = row.prompt[row.prompt.index("<think>") : row.prompt.index("</answer>") + len("</answer>")]
+    found = detection_reward(example, json.loads(re.findall("<answer>(.*)</answer>", example)[0]))
+    assert found.value == 5.0  # the prompt asks for all that the reward pays for
 
 
 def test_words_that_would_open_a_picture(tmp_path: Path) -> None:

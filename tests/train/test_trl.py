@@ -242,6 +242,68 @@ def test_a_run_goes_on_in_a_later_epoch_as_if_nothing_had_been(folder: Path) -> 
     assert [one["items"] for one in expected[:4]] != [one["items"] for one in expected[6:]]
 
 
+def test_a_run_that_goes_on_is_exported_as_it_is_now(folder: Path, tmp_path: Path) -> None:
+    """An unfinished run gives its newest checkpoint, also where an earlier end of it has left a planner."""
+    run = settings(folder, "longer", "steps=1", "save_every=1")
+    train(run, TextScorer())  # type: ignore[arg-type]
+    name = "model.safetensors"
+    assert _same_bytes(_exported(run.output, tmp_path / "end") / name, run.output / PLANNER / name)
+    more = settings(folder, "longer", "steps=4", "save_every=1")
+    with pytest.raises(Outage):
+        train(more, TextScorer(fails=lambda call, at: call > 2))  # type: ignore[arg-type]
+    last = last_checkpoint(run.output)
+    assert last is not None
+    assert last.name == "checkpoint-3"
+    assert _same_bytes(_exported(run.output, tmp_path / "stopped") / name, last / name)
+    settings_then = [
+        start["settings"]["steps"] for start in json.loads((run.output / "run.json").read_text())["starts"]
+    ]
+    assert settings_then == [1, 4]
+
+
+def _exported(source: Path, folder: Path) -> Path:
+    done = CliRunner().invoke(_app(), ["train", "export", str(source), str(folder)])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def test_a_frozen_vision_tower_is_frozen_with_lora_too(folder: Path) -> None:
+    from peft import get_peft_model
+
+    from replan.train.engine_trl import _load, _lora
+
+    trained: dict[bool, list[str]] = {}
+    for frozen in (True, False):
+        config = settings(folder, "frozen", "optim.lora=4", f"policy.freeze_vision={str(frozen).lower()}")
+        model = get_peft_model(_load(config)[0], _lora(config))
+        trained[frozen] = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained[True]
+    assert not any("visual" in name for name in trained[True])
+    assert any("visual" in name for name in trained[False])
+
+
+def test_processes_wait_for_one_that_pauses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is given where the processes are connected; later it has no effect."""
+    import accelerate
+
+    from replan.train.engine_trl import _arguments
+
+    asked: list[Any] = []
+
+    class Watched(accelerate.PartialState):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            asked.append(named.get("timeout"))
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(accelerate, "PartialState", Watched)
+    found = _arguments(settings(folder, "never", "services.patience=5000"), 0)
+    assert asked[0].total_seconds() == found["ddp_timeout"] == 6800
+
+
 def _app() -> Any:
     from replan.cli import app
 
@@ -281,6 +343,7 @@ def test_a_folder_of_a_loggers_name_is_no_logger(folder: Path, tmp_path: Path, m
     ("override", "told"),
     [
         ("optim.micro=3", "must divide the 8 rollouts"),
+        ("rollout.prompts=13", r"12 rows are fewer than rollout\.prompts = 13"),
         ("extra={lerning_rate: 1}", "did you mean learning_rate"),
         pytest.param("rollout.vllm=colocate", "vLLM is not installed", marks=NO_VLLM),
         pytest.param("rollout.vllm=server", "vLLM is not installed", marks=NO_VLLM),

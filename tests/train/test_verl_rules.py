@@ -275,6 +275,11 @@ def test_more_prompts_than_rows_are_refused(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_verl_does_not_heed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.freeze_vision.*engine trl"):
+        engine_verl.train(settings(policy={"freeze_vision": True}))
+
+
 def test_without_verl_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
