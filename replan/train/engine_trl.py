@@ -201,7 +201,8 @@ def _arguments(config: GrpoConfig, held_out: int) -> dict[str, Any]:
         "num_generations": rollout.group, "max_completion_length": rollout.max_new,
         "temperature": rollout.temperature, "top_p": rollout.top_p,
         "epsilon": policy.clip_low, "epsilon_high": policy.clip_high, "delta": policy.clip_dual, "beta": policy.kl,
-        "loss_type": "dapo", "scale_rewards": "group", "num_iterations": 1,  # token mean over the whole batch
+        # token mean over the whole batch; TRL divides by the deviation + 1e-4, the published runs by that + 1e-6
+        "loss_type": "dapo", "scale_rewards": "group", "num_iterations": 1,
         "save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": config.keep,
         "ddp_timeout": int(wait.total_seconds()),
     }  # fmt: skip

@@ -78,6 +78,8 @@ def test_the_proofs_verdict_and_picture() -> None:
     flat = replace(rising, held_out={0: 0.5, 50: 0.55})
     assert holds("stage1", [rising, rising])
     assert holds("stage2", [rising])
+    assert all(holds("stage2", [replace(rising, held_out={0: at / 200, 50: (at + 20) / 200})]) for at in range(181))
+    assert not any(holds("stage2", [replace(rising, held_out={0: at / 200, 50: (at + 19) / 200})]) for at in range(181))
     assert not holds("stage1", [rising, flat])
     assert not holds("stage2", [rising, flat])
     assert draw("stage1", [rising, flat]).startswith(b"\x89PNG")
