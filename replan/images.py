@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 PILLOW_CEILING = 178_956_970  # twice PIL.Image.MAX_IMAGE_PIXELS; Pillow itself refuses more as a decompression bomb
 
-# No EPS, PDF or the like: Pillow hands some of those to other programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "TGA", "ICO", "QOI", "DIB")
+# No EPS, PDF or the like: Pillow hands some of those to other programs. No ICO: it is decoded before its size is known.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "TGA", "QOI", "DIB")
 
 # What Pillow's decoders let through on damaged files; each was met in the wild or in tests/test_images.py.
 DECODE_ERRORS = (

@@ -335,7 +335,7 @@ def _parse_entry(text: str, row: str) -> tuple[str, Name]:
 def _parse_name(text: str, row: str) -> Name:
     """Split a name from its number; raise ConfigError with the nearest known name."""
     words = text.lower().split()
-    number = words.pop() if words and re.fullmatch(r"[0-9]+|[*ij]", words[-1]) else ""
+    number = words.pop() if words and re.fullmatch(r"[0-9]{1,3}|[*ij]", words[-1]) else ""
     name = " ".join(words)
     if name in _NUMBERED_NAMES and number and number != "0":
         return name, number

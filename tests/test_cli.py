@@ -572,3 +572,20 @@ def test_ctrl_c_in_a_real_process(sh: Shell) -> None:
     assert "interrupted; what was finished is kept" in told
     assert "Traceback" not in told
     assert {path.name for path in Path("out").iterdir()} == {"quick.png", "quick.json"}
+
+
+def test_the_log_says_how_it_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Services tell a client only that they failed, and that the log has the rest."""
+    import logging
+
+    from replan.cli.console import start_log
+
+    start_log()
+    try:
+        raise KeyError("a bug")
+    except KeyError:
+        logging.getLogger("replan.serve.desk").exception("a batch failed")
+    told = capsys.readouterr().err
+    assert "error: a batch failed" in told
+    assert "Traceback" in told
+    assert "KeyError: 'a bug'" in told

@@ -81,7 +81,7 @@ def test_no_permission_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_damaged_files_end_in_a_picture_or_an_image_error(tmp_path: Path) -> None:
     rng = random.Random(7)
     outcomes = {"picture": 0, "error": 0}
-    for form in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000"):
+    for form in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "JPEG2000"):
         if form not in Image.SAVE:
             continue
         buffer = io.BytesIO()
@@ -357,3 +357,12 @@ def test_disk_that_fails_late_or_is_interrupted(tmp_path: Path, monkeypatch: pyt
             write_atomic(tmp_path / "a.png", b"new")
         assert os.listdir(tmp_path) == ["a.png"]
         assert (tmp_path / "a.png").read_bytes() == b"old"
+
+
+def test_a_size_is_checked_before_anything_is_decoded(tmp_path: Path) -> None:
+    """An ICO that claims 16 x 16 may hold a picture of any size, and Pillow decodes it as it opens the file."""
+    inner, path = io.BytesIO(), tmp_path / "small.ico"
+    Image.new("L", (4000, 4000)).save(inner, format="PNG")
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner.getvalue()), 22)
+    path.write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + inner.getvalue())
+    assert "not a picture in a format that is read" in complaint(path)

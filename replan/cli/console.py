@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         stderr().print(Text(prefix + record.getMessage(), style=_STYLES.get(record.levelno, "")), soft_wrap=True)
+        if record.exc_info and record.exc_info[0] is not None:
+            stderr().print(Text("".join(traceback.format_exception(*record.exc_info)).rstrip()), soft_wrap=True)
 
 
 def stderr() -> Console:

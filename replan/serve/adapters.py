@@ -10,13 +10,13 @@ import base64
 import re
 import secrets
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import Form, Request, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from replan import plan as plans
 from replan.errors import PlanError
@@ -28,16 +28,16 @@ from replan.types import Box, Plan, Region, Size
 
 Edit = Callable[[Request, wire.EditCall], Awaitable[wire.EditReply]]
 _OLD_ROLES = (
-    (r"main prompt", "main"), (r"image prompt", "vision"), (r"hint (\d+)", r"hint \1"),
-    (r"noise bbox (\d+)", r"noise region \1"), (r"image bbox (\d+)", r"ref region \1"), (r"bbox (\d+)", r"region \1"),
+    (r"main prompt", "main"), (r"image prompt", "vision"), (r"hint ([0-9]{1,3})", r"hint \1"),
+    (r"noise bbox ([0-9]{1,3})", r"noise region \1"), (r"image bbox ([0-9]{1,3})", r"ref region \1"),
+    (r"bbox ([0-9]{1,3})", r"region \1"),
     (r"noise background", "noise background"), (r"image background", "ref background"), (r"background", "background"),
 )  # fmt: skip
 # What a caller of an older shape calls a field or a setting of ours.
 _OF_ANSWER = {"image": "image_base64", "plan": "response", "settings": "attention_rules"}
-_OF_PROMPT = {
-    "instruction": "prompt", "steps": "num_inference_steps", "guidance": "guidance_scale", "true_cfg": "guidance_scale",
-    "negative_prompt": "negative_prompt",
-}  # fmt: skip
+# The fields that give a setting of ours; the first that a call has counts.
+_STEPS, _GUIDANCE = ("num_inference_steps", "num_inference_step"), ("guidance_scale", "text_guidance_scale")
+UNUSED = "Accepted and without effect"
 EXAMPLE_ANSWER = (
     "<think>the left cup is meant</think><gen_image>keep the rest</gen_image>"
     '<region>[{"bbox_2d": [2, 2, 9, 12], "hint": "a red cup"}]</region>'
@@ -64,30 +64,58 @@ class Generation(BaseModel):
     expand_value: float = Field(default=0.15, ge=0, allow_inf_nan=False)
     expand_mode: Literal["ratio", "pixels"] = "ratio"
     attention_rules: dict[str, bool] | None = Field(
-        default=None, description='{"Hint 1, BBox 1": true}; absent = false.'
+        default=None, max_length=10_000, description='{"Hint 1, BBox 1": true}; absent = false.'
     )
     bboxes_attend_to_each_other: bool = True
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class Wanted(BaseModel):
-    """What the related editing services take, models taken together. Sizes follow the picture."""
+class _Wanted(BaseModel):
+    """What the related editing services and their clients name, models taken together. Sizes follow the picture."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        hide_input_in_errors=True,
-        json_schema_extra={"examples": [{"image": wire.EXAMPLE_PNG, "prompt": "make it red", "seed": 7}]},
-    )
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    image: wire.Picture
     prompt: str = Field(min_length=1, max_length=4000)
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="Null draws one; the reply names it.")
     num_inference_steps: int | None = Field(default=None, ge=1)
+    num_inference_step: int | None = Field(default=None, ge=1, description="The same, as some clients write it.")
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    negative_prompt: str | None = Field(default=None, max_length=4000)
-    enhance_prompt: bool | None = Field(
-        default=None, description="Accepted and without effect: the planner does this here."
+    text_guidance_scale: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="Taken where there is no guidance_scale."
     )
+    negative_prompt: str | None = Field(default=None, max_length=4000, description="Blank: none.")
+    num_images_per_prompt: int | None = Field(default=None, description="1 or nothing: one picture per call.")
+    width: int | None = Field(default=None, ge=1, description=f"{UNUSED}: the size follows the picture.")
+    height: int | None = Field(default=None, ge=1, description=f"{UNUSED}: the size follows the picture.")
+    image_guidance_scale: float | None = Field(default=None, description=f"{UNUSED}.")
+    enhance_prompt: bool | None = Field(default=None, description=f"{UNUSED}: the planner does this here.")
+
+    @field_validator("num_images_per_prompt")
+    @classmethod
+    def _one(cls, value: int | None) -> int | None:
+        if value not in (None, 1):
+            raise PydanticCustomError("one_picture", "must be 1: one picture per call")
+        return value
+
+    def first(self, fields: Sequence[str]) -> str:
+        """The first of some fields that this call has; the first of all when it has none."""
+        return next((field for field in fields if getattr(self, field) is not None), fields[0])
+
+
+class Wanted(_Wanted):
+    """`POST /edit`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"image": wire.EXAMPLE_PNG, "prompt": "make it red", "seed": 7}]}
+    )
+
+    image: wire.Picture
+
+
+class WantedUpload(_Wanted):
+    """`POST /edit-upload`."""
+
+    image_file: UploadFile
 
 
 def add_adapters(service: Service, edit: Edit) -> None:
@@ -103,9 +131,12 @@ def add_adapters(service: Service, edit: Edit) -> None:
 
     async def wanted(request: Request, call: Wanted) -> dict[str, Any]:
         start = time.monotonic()
-        guided = service.engine.describe().get("config", {}).get("true_cfg") is not None
-        with _in_words_of(_OF_PROMPT):
-            reply = await edit(request, by_prompt(call, guided=guided))
+        about = service.engine.describe()
+        guided, bare = about.get("config", {}).get("true_cfg") is not None, about.get("planner") is None
+        guidance = call.first(_GUIDANCE)
+        words = {"instruction": "prompt", "steps": call.first(_STEPS), "guidance": guidance, "true_cfg": guidance}
+        with _in_words_of(words | {"negative_prompt": "negative_prompt"}):
+            reply = await edit(request, by_prompt(call, guided=guided, bare=bare))
         return {
             "success": True,
             "task_id": reply.id,
@@ -124,27 +155,13 @@ def add_adapters(service: Service, edit: Edit) -> None:
         return await wanted(request, call)
 
     @app.post("/edit-upload", tags=["other shapes"], summary="Edit by a prompt, multipart")
-    async def edit_upload(
-        request: Request,
-        image_file: UploadFile,
-        prompt: Annotated[str, Form(min_length=1, max_length=4000)],
-        seed: Annotated[int | None, Form(ge=0, lt=2**63)] = None,
-        num_inference_steps: Annotated[int | None, Form(ge=1)] = None,
-        guidance_scale: Annotated[float | None, Form(ge=0, allow_inf_nan=False)] = None,
-        negative_prompt: Annotated[str | None, Form(max_length=4000)] = None,
-    ) -> dict[str, Any]:
+    async def edit_upload(request: Request, form: Annotated[WantedUpload, Form()]) -> dict[str, Any]:
         """The same with the picture as a file."""
-        content = await image_file.read()
+        content = await form.image_file.read()
         if not content:
             raise invalid("image_file", "is empty")
-        call = Wanted(
-            image=base64.b64encode(content).decode("ascii"),
-            prompt=prompt,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-        )
+        image = base64.b64encode(content).decode("ascii")
+        call = Wanted(image=image, **form.model_dump(exclude={"image_file"}))
         with _in_words_of({"image": "image_file"}):
             return await wanted(request, call)
 
@@ -160,18 +177,18 @@ def _in_words_of(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def by_prompt(call: Wanted, *, guided: bool) -> wire.EditCall:
-    """Our call. Guidance is the true CFG scale with backbones that run with one."""
+def by_prompt(call: Wanted, *, guided: bool, bare: bool) -> wire.EditCall:
+    """Our call. Guidance is the true CFG scale with backbones that run with one; `bare` where nobody plans."""
     settings = {
-        "steps": call.num_inference_steps,
-        "true_cfg" if guided else "guidance": call.guidance_scale,
-        "negative_prompt": call.negative_prompt,
+        "steps": getattr(call, call.first(_STEPS)),
+        "true_cfg" if guided else "guidance": getattr(call, call.first(_GUIDANCE)),
+        "negative_prompt": (call.negative_prompt or "").strip() or None,
     }
     return wire.EditCall(
-        id=uuid.uuid4().hex,
         image=call.image,
         instruction=call.prompt,
         seed=secrets.randbelow(2**31) if call.seed is None else call.seed,
+        baseline=True if bare else None,
         settings={name: value for name, value in settings.items() if value is not None},
     )
 
@@ -198,8 +215,8 @@ def by_answer(call: Generation, limits: Limits) -> wire.EditCall:
     if call.attention_rules is not None:
         settings["mask.rules"] = [{"until": 1.0, "rows": rows(call.attention_rules)}]
     return wire.EditCall(
-        id=uuid.uuid4().hex, image=call.image_base64, instruction=call.instruction, seed=call.seed,
-        plan=plans.to_json(plan), settings=settings,
+        image=call.image_base64, instruction=call.instruction, seed=call.seed, plan=plans.to_json(plan),
+        settings=settings,
     )  # fmt: skip
 
 

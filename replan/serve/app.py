@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -25,13 +26,20 @@ from replan.serve.metrics import Metrics
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": wire.ErrorReply, "description": "Not JSON, or no form that can be read."},
+    403: {"model": wire.ErrorReply, "description": "A page of another site asked."},
+    408: {"model": wire.ErrorReply, "description": "The request's body did not arrive in time."},
+    409: {"model": wire.ErrorReply, "description": "The id was used for another request."},
     413: {"model": wire.ErrorReply, "description": "Too many bytes or pixels; the field is named."},
     422: {"model": wire.ErrorReply, "description": "Not a valid request; the field is named."},
     429: {"model": wire.ErrorReply, "description": "The queue is full; Retry-After says when to come back."},
+    499: {"model": wire.ErrorReply, "description": "The client hung up; for logs and metrics only."},
     500: {"model": wire.ErrorReply, "description": "The work failed. Never a score, never a picture."},
     503: {"model": wire.ErrorReply, "description": "Loading, stopping, or something behind it is out."},
     504: {"model": wire.ErrorReply, "description": "Not done in time; the work was stopped."},
 }
+
+_NOT_WELL: dict[int | str, dict[str, Any]] = {503: {"description": "The same body, when it is not so."}}
 
 
 class Service:
@@ -56,14 +64,17 @@ class Service:
         self.asgi.routes = frozenset(getattr(route, "path", "") for route in self.app.routes)
         return self.asgi
 
-    async def watched(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """The result of some work, which is stopped when the client hangs up."""
+    async def watched(self, request: Request, work: Coroutine[Any, Any, T], id: str | None) -> T:
+        """The result of some work, which is stopped when the client hangs up. A Problem gets the call's id."""
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
         try:
             await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise Problem(499, "timeout", "the client has gone; the work was stopped")
+        except Problem as problem:
+            problem.id = id
+            raise
         finally:
             for each in (task, gone):
                 each.cancel()
@@ -80,7 +91,7 @@ class Service:
     def _add_routes(self) -> None:
         app, engine = self.app, self.engine
 
-        @app.get("/live", tags=["health"], summary="Whether the process should go on running")
+        @app.get("/live", tags=["health"], summary="Whether the process should go on running", responses=_NOT_WELL)
         async def live() -> Response:
             """503 means: restart it. A model that is still loading is alive."""
             health = await engine.health()
@@ -95,7 +106,7 @@ class Service:
                 return JSONResponse({"ready": True})
             raise Problem(503, "loading" if health.state == "loading" else "failed", health.why or "loading", after=2)
 
-        @app.get("/health", tags=["health"], summary="State, in the shape of other editing services")
+        @app.get("/health", tags=["health"], summary="State, as other editing services tell it", responses=_NOT_WELL)
         async def health() -> Response:
             """503 unless ready."""
             now = await engine.health()
@@ -146,7 +157,10 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = [(_field(each), str(each["msg"])) for each in error.errors()]
     field = found[0][0] if found else "body"
-    return _answer(Problem(422, "invalid", "; ".join(f"{name}: {text}" for name, text in found[:8]), field))
+    problem = Problem(422, "invalid", "; ".join(f"{name}: {text}" for name, text in found[:8]), field)
+    id = error.body.get("id") if isinstance(error.body, dict) else None
+    problem.id = id if isinstance(id, str) and re.fullmatch(wire.ID, id) else None
+    return _answer(problem)
 
 
 def _field(mistake: Mapping[str, Any]) -> str:

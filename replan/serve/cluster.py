@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from replan.errors import ConfigError, ServiceError
 from replan.serve import wire
 from replan.serve.editing import EditEngine, describe
-from replan.serve.engine import Health
+from replan.serve.engine import Health, in_time
 from replan.serve.limits import Limits, Problem
 
 if TYPE_CHECKING:
@@ -109,18 +109,15 @@ class RayEngine:
 
     async def answer(self, call: wire.EditCall) -> wire.EditReply:
         """Raises Problem."""
-        seconds = min(call.timeout or self._limits.timeout, self._limits.timeout)
         self._outstanding += 1
         try:
-            async with asyncio.timeout(seconds):
+            async with in_time(call.timeout, self._limits):
                 found = await self._retried(call.model_dump())
-        except TimeoutError as error:
-            raise Problem(504, "timeout", f"not done within {seconds:g} s; it was stopped", "timeout") from error
+                if "problem" in found:
+                    raise Problem(**found["problem"])
+                return wire.EditReply.model_validate(found["reply"])
         finally:
             self._outstanding -= 1
-        if "problem" in found:
-            raise Problem(**found["problem"])
-        return wire.EditReply.model_validate(found["reply"])
 
     async def _retried(self, call: dict[str, Any]) -> dict[str, Any]:
         """The answer of a replica; when one dies over it, that of another. Raises Problem."""

@@ -65,6 +65,11 @@ class Ticket(Generic[W, R]):
         return self.waiters <= 0
 
     @property
+    def is_good(self) -> bool:
+        """Its answer is there, or will be: a call of the same id may share it."""
+        return self.future.exception() is None if self.future.done() else not self.abandoned
+
+    @property
     def waited(self) -> float:
         """Seconds in the queue."""
         return (self.started or time.monotonic()) - self.queued
@@ -137,18 +142,17 @@ class Desk(Generic[W, R]):
         if waiting >= self.size + idle:
             raise Full(waiting, max(1, math.ceil(self._pace * waiting / self.threads)))
 
-    async def ask(self, id: str, digest: str, work: W, key: object, timeout: float) -> tuple[R, Ticket[W, R]]:
-        """The result of a piece of work. Raises Full, Conflict, TimeoutError, ServiceError when stopping,
-        and whatever the work raised.
+    async def ask(self, id: str, digest: str, work: W, key: object) -> tuple[R, Ticket[W, R]]:
+        """The result of a piece of work. Raises Full, Conflict, ServiceError when stopping, and what the work raised.
 
-        However the wait ends (timeout, the task being cancelled), the ticket is left, and when it is left by all,
+        However the wait ends (also by the task being cancelled), the ticket is left, and when it is left by all,
         `abandoned` says so to the worker.
         """
         ticket = self._take(id, digest, work, key)
         future = asyncio.wrap_future(ticket.future)
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # also when nobody waits any more
         try:
-            return await asyncio.wait_for(asyncio.shield(future), timeout), ticket  # others may wait for it too
+            return await asyncio.shield(future), ticket  # others may wait for it too
         finally:
             self._leave(ticket)
 
@@ -159,7 +163,7 @@ class Desk(Generic[W, R]):
             known = self._known.get(id)
             if known is not None and known.digest != digest:
                 raise Conflict(f"id {id!r} was used for another request; give every request its own")
-            if known is not None and not (known.abandoned and not known.future.done()):
+            if known is not None and known.is_good:
                 known.waiters += 1
                 return known
             self._check()

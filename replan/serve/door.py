@@ -108,9 +108,9 @@ class Door:
         return Problem(413, "too_large", f"the request has more than {self.limits.max_bytes:,} bytes", "body")
 
 
-def body_of(problem: Problem, id: str | None = None) -> dict[str, Any]:
+def body_of(problem: Problem) -> dict[str, Any]:
     """The JSON of a refusal. `detail` is where clients of other services look."""
-    error = {"type": problem.type, "message": problem.message, "field": problem.field, "id": id}
+    error = {"type": problem.type, "message": problem.message, "field": problem.field, "id": problem.id}
     return {"error": error, "detail": problem.message}
 
 

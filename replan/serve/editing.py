@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from replan.errors import ConfigError, ImageError, PlanError, ReplanError
 from replan.record import Setup
 from replan.serve import wire
 from replan.serve.desk import Ticket
-from replan.serve.engine import Health, Local, name_of, seconds
+from replan.serve.engine import Health, Local, in_time, name_of, seconds
 from replan.serve.limits import Limits, Problem, invalid
 from replan.types import Edit, EditRequest, Plan, Size
 
@@ -38,6 +39,7 @@ class Work:
     strict: bool
 
 
+MOST = 100_000  # characters of a plan, or of settings, as JSON
 EditTicket = Ticket[Work, Edit]
 
 
@@ -68,14 +70,17 @@ class EditEngine:
 
     async def answer(self, call: wire.EditCall) -> wire.EditReply:
         """Raises Problem."""
-        name = name_of(call, call.id)
-        work = await asyncio.to_thread(self.read, call)
-        key = (configs.dump(work.config), work.bare, work.strict, work.request.image.size)
-        edit, ticket = await self.local.ask(name, work, repr(key), call.timeout)
-        return await asyncio.to_thread(self._reply, edit, name[0], ticket.waited)
+        async with in_time(call.timeout, self.limits):
+            name = name_of(call, call.id)
+            work = await asyncio.to_thread(self.read, call)
+            key = (configs.dump(work.config), work.bare, work.strict, work.request.image.size)
+            edit, ticket = await self.local.ask(name, work, repr(key))
+            return await asyncio.to_thread(self._reply, edit, name[0], ticket.waited)
 
     def read(self, call: wire.EditCall) -> Work:
         """A call checked and decoded. Raises Problem 413 or 422 that names the field."""
+        for field in ("plan", "settings"):
+            _refuse_much(field, getattr(call, field))
         image = picture(call.image, "image", self.limits)
         extra = [picture(text, f"extra_images.{n}", self.limits) for n, text in enumerate(call.extra_images)]
         bare = self.setup.baseline if call.baseline is None else call.baseline
@@ -105,8 +110,9 @@ class EditEngine:
             raise invalid("settings", error) from error
         if config.steps > self.limits.max_steps:
             raise invalid("settings", f"steps = {config.steps}: this service does at most {self.limits.max_steps}")
-        if config.max_area > max(self.limits.max_pixels, self.setup.config.max_area):
-            raise invalid("settings", f"max_area = {config.max_area}: at most {self.limits.max_pixels} here")
+        most = self.setup.config.max_area
+        if config.max_area > most:
+            raise invalid("settings", f"max_area = {config.max_area}: this service works at no more than {most}")
         return config
 
     def _load(self) -> None:
@@ -201,6 +207,13 @@ def picture(text: str, field: str, limits: Limits) -> Image:
     except ImageError as error:
         large = "more than" in str(error) or "at most" in str(error)
         raise Problem(413 if large else 422, "too_large" if large else "invalid", str(error), field) from error
+
+
+def _refuse_much(field: str, value: object) -> None:
+    """Raise Problem for more than anybody writes: reading it would keep the service from others."""
+    length = len(json.dumps(value))
+    if length > MOST:
+        raise invalid(field, f"{length:,} characters of JSON: at most {MOST:,}")
 
 
 def _refuse_files(name: str, value: object) -> None:

@@ -17,7 +17,7 @@ def editor_service(engine: Engine[wire.EditCall, wire.EditReply], limits: Limits
     service = Service(engine, limits, "editor", "replan editor")
 
     async def edit(request: Request, call: wire.EditCall) -> wire.EditReply:
-        reply = await service.watched(request, engine.answer(call))
+        reply = await service.watched(request, engine.answer(call), call.id)
         service.metrics.worked(reply.timings)
         return reply
 

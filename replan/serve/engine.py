@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
@@ -77,7 +77,8 @@ class Local(Generic[W, R]):
     ) -> None:
         self.limits = limits
         self.desk: Desk[W, R] = Desk(work, limits.queue, limits.batch, threads)
-        self._load, self._why = load, ""
+        self._load, self._why = load, ""  # what clients are told, without paths and addresses of the inside
+        self._cause = ""
         self._state: State = "loading"
         self._loaded = threading.Event()
         self.again = 5.0  # seconds between tries to load when something behind the model is out
@@ -91,7 +92,7 @@ class Local(Generic[W, R]):
         """Until it is loaded. Raises ServiceError when that failed."""
         self._loaded.wait()
         if self._state == "failed":
-            raise ServiceError(self._why)
+            raise ServiceError(self._cause)
 
     def close(self) -> None:
         self.desk.close()
@@ -102,12 +103,13 @@ class Local(Generic[W, R]):
                 self._load()
             except (ServiceError, PlannerError, JudgeError) as error:  # something behind us is out: it may come back
                 log.warning("not ready, next try in %g s: %s", self.again, error)
-                self._why = f"waiting for what is behind: {error}"
+                self._why = "what is behind the service does not answer yet; the log says why"
                 if self.desk.closing.wait(self.again):
                     return
             except Exception as error:  # whatever the model's libraries raise: the service must say that it failed
                 log.exception("loading failed")
-                self._state, self._why = "failed", f"loading failed: {type(error).__name__}: {error}"
+                self._cause = f"loading failed: {type(error).__name__}: {error}"
+                self._state, self._why = "failed", "loading failed; the log says why"
                 self._loaded.set()
                 return
             else:
@@ -129,23 +131,18 @@ class Local(Generic[W, R]):
             state, why = "failed", f"a batch has been under way for {desk.busy_for:.0f} s"
         return Health(state, why, waiting=desk.waiting, running=desk.running, workers=desk.alive, gpus=self.gpus)
 
-    async def ask(self, name: tuple[str, str], work: W, key: object, timeout: float | None) -> tuple[R, Ticket[W, R]]:
+    async def ask(self, name: tuple[str, str], work: W, key: object) -> tuple[R, Ticket[W, R]]:
         """The result of a piece of work called (id, digest). Raises Problem."""
         health = await self.health()
         if health.state != "ready":
             after = 5 if health.state == "loading" else None
             raise Problem(503, "loading" if after else "failed", health.why or "the model is loading", after=after)
-        seconds = min(timeout or self.limits.timeout, self.limits.timeout)
-        started = time.monotonic()
         try:
-            return await self.desk.ask(*name, work, key, seconds)
+            return await self.desk.ask(*name, work, key)
         except Full as error:
             raise Problem(429, "busy", str(error), after=error.after) from error
         except Conflict as error:
             raise Problem(409, "conflict", str(error), "id") from error
-        except TimeoutError as error:
-            waited = round(time.monotonic() - started, 2)
-            raise Problem(504, "timeout", f"not done within {waited:g} s; it was stopped", "timeout") from error
         except (PlannerError, ServiceError) as error:
             raise Problem(503, "unavailable", str(error), after=5) from error
         except Problem:
@@ -158,6 +155,20 @@ class Local(Generic[W, R]):
             memory = type(error).__name__ == "OutOfMemoryError"
             text = "the device is out of memory" if memory else "the service failed; its log says how"
             raise Problem(503 if memory else 500, "failed", text, after=5 if memory else None) from error
+
+
+@asynccontextmanager
+async def in_time(timeout: float | None, limits: Limits) -> AsyncIterator[None]:
+    """Whatever is done inside is stopped when the request's time is over. Raises Problem 504."""
+    seconds = min(timeout or limits.timeout, limits.timeout)
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise Problem(504, "timeout", f"not done within {seconds:g} s; it was stopped", "timeout") from error
 
 
 def name_of(call: Message, id: str | None) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from replan.serve.app import Service
 from replan.serve.desk import Ticket
 from replan.serve.door import Door
 from replan.serve.editing import picture
-from replan.serve.engine import Engine, Health, Local, name_of, seconds
+from replan.serve.engine import Engine, Health, Local, in_time, name_of, seconds
 from replan.serve.limits import Limits, invalid
 
 
@@ -65,9 +65,10 @@ class JudgeEngine:
 
     async def answer(self, call: wire.JudgeCall) -> wire.JudgeReply:
         """Raises Problem."""
-        name = name_of(call, call.id)
-        question = await asyncio.to_thread(self.read, call)
-        judged, ticket = await self.local.ask(name, question, name, call.timeout)
+        async with in_time(call.timeout, self.limits):
+            name = name_of(call, call.id)
+            question = await asyncio.to_thread(self.read, call)
+            judged, ticket = await self.local.ask(name, question, name)
         return wire.JudgeReply(
             id=name[0], scores=judged.scores, timings=seconds({"judge": judged.seconds}, ticket.waited)
         )
@@ -135,7 +136,7 @@ def judge_service(engine: Engine[wire.JudgeCall, wire.JudgeReply], limits: Limit
     @service.app.post("/v1/verdicts", tags=["judge"], summary="Judge an edit", response_model_exclude_none=True)
     async def verdicts(request: Request, call: wire.JudgeCall) -> wire.JudgeReply:
         """A score on its published scale per dimension, or why there is none. An outage is a 503, never a score."""
-        reply = await service.watched(request, engine.answer(call))
+        reply = await service.watched(request, engine.answer(call), call.id)
         service.metrics.worked(reply.timings)
         return reply
 

@@ -27,9 +27,9 @@ EXAMPLE_PNG = (
 )
 EXAMPLE_PLAN = {
     "version": 1,
-    "size": [640, 480],
+    "size": [16, 16],
     "prompt": "keep everything else unchanged",
-    "regions": [{"box": [300, 120, 420, 260], "hint": "a red ceramic cup"}],
+    "regions": [{"box": [2, 2, 9, 12], "hint": "a red ceramic cup"}],
 }
 
 
@@ -51,7 +51,7 @@ Picture = Annotated[str, Field(min_length=1, description="A picture file (PNG, J
 Timeout = Annotated[
     float | None, Field(gt=0, le=3600, description="Seconds after which the answer is of no use; at most the server's.")
 ]
-Scale = Annotated[int, Field(description="A score on its dimension's published scale, 1 to 5.")]
+Scale = Annotated[int, Field(ge=1, le=5, description="A score on its dimension's published scale.")]
 
 
 class EditCall(Message):
@@ -196,22 +196,25 @@ class Trouble(Message):
     type: Literal["invalid", "too_large", "conflict", "busy", "loading", "timeout", "unavailable", "failed", "unknown"]
     message: str
     field: str | None = Field(default=None, description="What in the request is at fault.")
-    id: str | None = None
+    id: str | None = Field(default=None, description="The call's, where it was read and had one.")
 
 
 class ErrorReply(Message):
-    """Every answer with a status of 400 or more."""
+    """Every answer with a status of 400 or more, but those of /live and /health, which keep their own shape."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"error": {"type": "busy", "message": "16 requests are waiting", "field": None, "id": "4f0c"}},
-                {"error": {"type": "invalid", "message": "steps = 900: at most 100", "field": "settings", "id": None}},
+                {
+                    "error": {"type": "busy", "message": "16 requests are waiting", "field": None, "id": "4f0c"},
+                    "detail": "16 requests are waiting",
+                },
             ]
         }
     )
 
     error: Trouble
+    detail: str = Field(description="The message once more, where clients of other services look for it.")
 
 
 def encode(image: Image) -> str:

@@ -7,12 +7,13 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx
 import pytest
 from fakes import picture
 from PIL import Image
-from servants import Servant, service
+from servants import Servant, service, setup
 
 from replan.rules import load_rules, matrix, phase_rules
 from replan.serve import wire
@@ -75,6 +76,7 @@ def test_its_switches(url: str, servant: Servant):
         ({"image_base64": "AAAA"}, "image_base64"),
         ({"attention_rules": {"Hat 1, BBox 1": True}}, "attention_rules"),
         ({"attention_rules": {"Hint 1": True}}, "attention_rules"),
+        ({"attention_rules": {"Hint " + "9" * 5000 + ", BBox 1": True}}, "attention_rules"),
         ({"expand_mode": "percent"}, "expand_mode"),
         ({"expand_value": math.inf}, "expand_value"),
     ],
@@ -120,6 +122,62 @@ def test_the_neighbours_json(url: str, servant: Servant):
     assert shown(answer["edited_image"]).size == (32, 24)
     request, _, config = servant.now
     assert (request.seed, config.steps, config.guidance) == (11, 4, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "steps", "guidance"),
+    [
+        ("flux-kontext-dev", {"num_inference_step": 8, "guidance_scale": 2.5, "seed": 0}, 8, 2.5),
+        ("qwen-image-edit", {"num_inference_step": 9, "guidance_scale": 5.0}, 9, 5.0),
+        (
+            "omnigen2-edit",
+            {"num_inference_step": 7, "text_guidance_scale": 5.0, "image_guidance_scale": 1.5, "negative_prompt": "",
+             "seed": 0},
+            7, 5.0,
+        ),
+        (
+            "longcat-image-edit",
+            {"num_inference_step": 6, "guidance_scale": 4.5, "negative_prompt": "", "num_images_per_prompt": 1,
+             "seed": 0},
+            6, 4.5,
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_neighbours_clients_really_send(
+    url: str, servant: Servant, model: str, fields: dict, steps: int, guidance: float
+):
+    """Their client writes one name differently from their services, and always a size."""
+    del model
+    given = {"prompt": "make it red", "width": 1024, "height": 1024, "enhance_prompt": False} | fields
+    content = base64.b64decode(wire.encode(picture()))
+    for way in ("/edit", "/edit-upload"):
+        if way == "/edit":
+            reply = httpx.post(url + way, json=given | {"image": wire.encode(picture())})
+        else:
+            form = {name: str(value) for name, value in given.items()}
+            reply = httpx.post(url + way, data=form, files={"image_file": ("x.png", content)})
+        assert reply.status_code == 200, reply.text
+        assert shown(reply.json()["edited_image"]).size == (32, 24)
+        _, _, config = servant.now
+        assert (config.steps, config.guidance, config.negative_prompt) == (steps, guidance, "")
+
+
+def test_more_than_one_picture_and_unknown_fields_are_refused_alike(url: str):
+    content = base64.b64decode(wire.encode(picture()))
+    for name, value in (("num_images_per_prompt", 2), ("hat", 1)):
+        plain = httpx.post(url + "/edit", json={"image": wire.encode(picture()), "prompt": "x", name: value})
+        form = httpx.post(url + "/edit-upload", data={"prompt": "x", name: value}, files={"image_file": content})
+        for reply in (plain, form):
+            assert (reply.status_code, reply.json()["error"]["field"]) == (422, name)
+
+
+def test_without_a_planner_they_edit_by_the_bare_prompt():
+    """As the services do whose shape it is; their clients know no plans."""
+    servant = Servant()
+    with service(servant, made=replace(setup(), planner=None)) as url:
+        reply = httpx.post(url + "/edit", json={"image": wire.encode(picture()), "prompt": "make it red"})
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["enhanced_prompt"] == "make it red"
 
 
 def test_a_seed_that_is_drawn_is_named_and_repeats(url: str):

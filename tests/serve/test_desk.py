@@ -42,7 +42,8 @@ def desk(worker: Callable[[Batch], None], size: int = 4, batch: int = 1) -> Desk
 
 
 async def ask(made: Desk[str, str], word: str, *, id: str | None = None, key: str = "", timeout: float = 10) -> str:
-    return (await made.ask(id or word, word, word, key, timeout))[0]
+    async with asyncio.timeout(timeout):
+        return (await made.ask(id or word, word, word, key))[0]
 
 
 async def begun(worker: Worker) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -16,6 +18,7 @@ from servants import Servant, body, in_thread, service, setup, until
 
 from replan import Editor, EditRequest
 from replan import plan as plans
+from replan.errors import ConfigError
 from replan.serve import wire
 from replan.serve.editing import EditEngine
 from replan.serve.editor import editor_service
@@ -35,12 +38,15 @@ def url(servant: Servant) -> Iterator[str]:
 
 
 def post(url: str, path: str = "/v1/edits", **changes: object) -> httpx.Response:
-    return httpx.post(url + path, json=body(**changes), timeout=30)
+    content = json.dumps(body(**changes))  # httpx's own encoder refuses what a careless client may send
+    return httpx.post(url + path, content=content, headers={"content-type": "application/json"}, timeout=30)
 
 
 def error(response: httpx.Response) -> tuple[int, str, str | None]:
-    told = wire.ErrorReply.model_validate({"error": response.json()["error"]}).error
-    assert response.json()["detail"] == told.message
+    reply = wire.ErrorReply.model_validate_json(response.content)
+    told = reply.error
+    assert reply.detail == told.message
+    assert len(response.content) < 3000
     assert "Traceback" not in response.text
     return response.status_code, told.type, told.field
 
@@ -115,6 +121,11 @@ BAD_REGION = {"version": 1, "size": [32, 24], "prompt": "x", "regions": [{"box":
         ({"settings": {"stepps": 3}}, 422, "settings"),
         ({"settings": {"steps": 11}}, 422, "settings"),
         ({"settings": {"max_area": 10**9}}, 422, "settings"),
+        ({"settings": {"max_area": 96 * 96 + 1}}, 422, "settings"),  # it is the work that is bounded, not the picture
+        ({"settings": {"mask.rules": [{"until": 1.0, "rows": ["main: +main"] * 20_000}]}}, 422, "settings"),
+        ({"settings": {"mask.rules": [{"until": 1.0, "rows": ["hint " + "9" * 5000 + ": +main"]}]}}, 422, "settings"),
+        ({"settings": {"negative_prompt": "\ud800" * 3000}}, 422, "settings"),
+        ({"plan": {"version": 1, "size": [32, 24], "prompt": "x" * 100_000}}, 422, "plan"),
         ({"settings": {"speed": "/etc/passwd"}}, 422, "settings"),
         ({"settings": {"speed": "own.yaml"}}, 422, "settings"),
         ({"settings": {"mask": {"rules": "../rules.yaml"}}}, 422, "settings"),
@@ -173,7 +184,7 @@ def test_live_and_ready_are_different():
     def open_editor() -> Editor:
         loading.wait(20)
         if broken:
-            raise OSError("no weights")
+            raise OSError("no weights in /home/someone/models")
         return Editor(FakePlanner(), Servant(), setup().config)
 
     def states(url: str) -> tuple[int, int, str]:
@@ -193,6 +204,38 @@ def test_live_and_ready_are_different():
             until(lambda url=url, end=end: states(url) == end)
             if is_broken:
                 assert error(post(url))[:2] == (503, "failed")
+                told = "".join(httpx.get(url + path).text for path in ("/live", "/ready")) + post(url).text
+                assert "/home" not in told
+                assert "the log says why" in told
+
+
+def test_the_time_limit_covers_the_reading_of_a_call(monkeypatch: pytest.MonkeyPatch):
+    read = EditEngine.read
+    monkeypatch.setattr(EditEngine, "read", lambda self, call: (time.sleep(1.0), read(self, call))[1])
+    with service(Servant()) as address:
+        start = time.monotonic()
+        assert error(post(address, timeout=0.2))[:2] == (504, "timeout")
+        assert time.monotonic() - start < 0.9
+
+
+def test_an_error_names_the_call_that_it_belongs_to(url: str):
+    assert post(url, id="mine", settings={"steps": 99}).json()["error"]["id"] == "mine"
+    assert post(url, settings={"steps": 99}).json()["error"]["id"] is None
+
+
+def test_errors_are_what_the_schema_says(url: str):
+    schema = httpx.get(url + "/openapi.json").json()
+    parts = schema["components"]["schemas"]
+    for status, reply in ((422, post(url, seed=-1)), (413, post(url, image="A" * 500_000))):
+        assert reply.status_code == status
+        told = schema["paths"]["/v1/edits"]["post"]["responses"][str(status)]["content"]["application/json"]["schema"]
+        named = parts[told["$ref"].rpartition("/")[2]]
+        assert set(named["required"]) <= set(reply.json()) <= set(named["properties"])
+
+
+def test_only_limits_that_can_be_kept():
+    with pytest.raises(ConfigError, match="max_pixels = 200000000: must be 178956970 or less"):
+        Limits(max_pixels=200_000_000)
 
 
 def test_ready_only_when_the_model_has_answered():
@@ -327,8 +370,11 @@ def test_the_schema_is_published_with_examples_that_work(url: str):
     )
     examples = schema["components"]["schemas"]["EditCall"]["examples"]
     assert len(examples) == 2
-    first = httpx.post(url + "/v1/edits", json=examples[0])
-    assert first.status_code == 200
+    with service(Servant(), Limits()) as open_to_all:
+        others = {"Generation": "/v1/images/generations", "Wanted": "/edit"}
+        calls = [("/v1/edits", example) for example in examples]
+        calls += [(path, schema["components"]["schemas"][name]["examples"][0]) for name, path in others.items()]
+        assert [httpx.post(open_to_all + path, json=call).status_code for path, call in calls] == [200] * 4
     assert httpx.get(url + "/docs").status_code == 200
     about = wire.About.model_validate(httpx.get(url + "/v1/about").json())
     assert about.service == "editor"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -129,16 +131,35 @@ def settings(folder: Path, output: str, editor: str, judge: str) -> GrpoConfig:
     return configs.load(GrpoConfig, "grpo/mini_stage2", given)
 
 
-def replicas() -> list[int]:
-    """The editor's replicas, by the title that Ray gives them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def replicas(root: int) -> list[int]:
+    """The editor's replicas below a service's process, by the title that Ray gives them."""
+    found, family = [], [root]
+    for pid in family:
+        family += children(pid)
         try:
-            if "ServeReplica:replan" in path.read_bytes().decode(errors="replace"):
-                found.append(int(path.parent.name))
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
+        if "ServeReplica:replan:editor" in title:
+            found.append(pid)
     return found
+
+
+def children(pid: int) -> list[int]:
+    """Of all of its threads."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
+
+
+def wait_for_work(url: str) -> None:
+    """Until a request is under way in the editor."""
+    until = time.monotonic() + 120
+    while not re.search(r"^replan_inside [1-9]", httpx.get(url + "/metrics").text, re.MULTILINE):
+        assert time.monotonic() < until, "nobody asked the editor for anything"
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("ways", [(), ("--replicas", "2")], ids=["process", "replicas"])
@@ -152,8 +173,10 @@ def test_judge_down_editor_killed_judge_slow(tmp_path: Path, ways: tuple[str, ..
         told: list[str] = []
 
         def kill() -> None:
+            wait_for_work(editor.url)
             if ways:  # Ray starts another one
-                os.kill(replicas()[0], signal.SIGKILL)
+                assert editor.process is not None
+                os.kill(replicas(editor.process.pid)[0], signal.SIGKILL)
             else:
                 editor.kill()
                 editor.start()
