@@ -169,6 +169,7 @@ def test_more_than_one_picture_and_unknown_fields_are_refused_alike(url: str):
         form = httpx.post(url + "/edit-upload", data={"prompt": "x", name: value}, files={"image_file": content})
         for reply in (plain, form):
             assert (reply.status_code, reply.json()["error"]["field"]) == (422, name)
+            assert name == "hat" or "one picture per call" in reply.json()["detail"]
 
 
 def test_without_a_planner_they_edit_by_the_bare_prompt():
@@ -178,6 +179,9 @@ def test_without_a_planner_they_edit_by_the_bare_prompt():
         reply = httpx.post(url + "/edit", json={"image": wire.encode(picture()), "prompt": "make it red"})
         assert reply.status_code == 200, reply.text
         assert reply.json()["enhanced_prompt"] == "make it red"
+        content = base64.b64decode(wire.encode(picture()))
+        form = httpx.post(url + "/edit-upload", data={"prompt": "x"}, files={"image_file": content})
+        assert form.status_code == 200, form.text
 
 
 def test_a_seed_that_is_drawn_is_named_and_repeats(url: str):
@@ -209,7 +213,12 @@ def test_failures_have_the_detail_that_those_clients_read(url: str):
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"num_inference_steps": 900}, "num_inference_steps"), ({"prompt": " "}, "prompt"), ({"image": "AAAA"}, "image")],
+    [
+        ({"num_inference_steps": 900}, "num_inference_steps"),
+        ({"num_inference_step": 900}, "num_inference_step"),
+        ({"prompt": " "}, "prompt"),
+        ({"image": "AAAA"}, "image"),
+    ],
 )
 def test_mistakes_are_told_in_the_callers_words(url: str, changes: dict, field: str):
     call = {"image": wire.encode(picture()), "prompt": "make it red"} | changes

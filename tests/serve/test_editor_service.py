@@ -218,21 +218,6 @@ def test_the_time_limit_covers_the_reading_of_a_call(monkeypatch: pytest.MonkeyP
         assert time.monotonic() - start < 0.9
 
 
-def test_an_error_names_the_call_that_it_belongs_to(url: str):
-    assert post(url, id="mine", settings={"steps": 99}).json()["error"]["id"] == "mine"
-    assert post(url, settings={"steps": 99}).json()["error"]["id"] is None
-
-
-def test_errors_are_what_the_schema_says(url: str):
-    schema = httpx.get(url + "/openapi.json").json()
-    parts = schema["components"]["schemas"]
-    for status, reply in ((422, post(url, seed=-1)), (413, post(url, image="A" * 500_000))):
-        assert reply.status_code == status
-        told = schema["paths"]["/v1/edits"]["post"]["responses"][str(status)]["content"]["application/json"]["schema"]
-        named = parts[told["$ref"].rpartition("/")[2]]
-        assert set(named["required"]) <= set(reply.json()) <= set(named["properties"])
-
-
 def test_only_limits_that_can_be_kept():
     with pytest.raises(ConfigError, match="max_pixels = 200000000: must be 178956970 or less"):
         Limits(max_pixels=200_000_000)
@@ -349,6 +334,45 @@ def test_the_same_id_is_done_once(url: str, servant: Servant):
     assert first.json()["image"] == again.json()["image"]
     assert len(servant.requests) == before + 1
     assert error(post(url, id="twice", seed=9)) == (409, "conflict", "id")
+
+
+def test_errors_have_the_shape_that_is_published(url: str):
+    jsonschema = pytest.importorskip("jsonschema", reason="no validator of JSON schemas is installed")
+    published = httpx.get(url + "/openapi.json").json()
+    shape = {"$ref": "#/components/schemas/ErrorReply", "components": published["components"]}
+    other_site = {"sec-fetch-site": "cross-site"}
+    replies = [
+        post(url, seed=-1), post(url, settings={"steps": 11}), post(url, instruction="outage"), httpx.get(url + "/x"),
+        httpx.post(url + "/v1/edits", content=b"x" * 500_000), httpx.post(url + "/v1/edits", headers=other_site),
+    ]  # fmt: skip
+    assert [reply.status_code for reply in replies] == [422, 422, 503, 404, 413, 403]
+    for reply in replies:
+        error(reply)
+        jsonschema.validate(reply.json(), shape)
+    told = published["paths"]["/v1/edits"]["post"]["responses"]
+    assert {"400", "403", "408", "409", "413", "422", "429", "499", "500", "503", "504"} <= set(told)
+
+
+def test_an_error_has_the_id_of_its_call(url: str):
+    for changes in ({"seed": -1}, {"settings": {"steps": 11}}, {"image": "AAAA"}, {"instruction": "outage"}):
+        assert post(url, id="call-7", **changes).json()["error"]["id"] == "call-7"
+        assert post(url, **changes).json()["error"]["id"] is None
+    assert post(url, id="no id!").json()["error"]["id"] is None
+
+
+def test_a_refusal_does_not_echo_what_was_sent(url: str):
+    long = "x" * 50_000
+    for changes in ({long: 1}, {"settings": {long: 1}}, {"settings": {"speed": long}}, {"plan": {long: long}}):
+        assert len(post(url, **changes).content) < 2000
+
+
+def test_a_timeout_inside_the_work_is_no_timeout_of_the_call():
+    def inner(request: EditRequest) -> None:
+        if request.seed == 13:
+            raise TimeoutError("of a library")
+
+    with service(Servant(inner)) as url:
+        assert error(post(url, seed=13))[:2] == (500, "failed")
 
 
 def test_metrics_tell_what_happened(url: str):

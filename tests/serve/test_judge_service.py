@@ -57,7 +57,7 @@ class Moody:
         self.asked.append(dimension.name)
         assert self.gate.wait(20)
         if self.mood == "down":
-            raise JudgeError("the judge does not answer")
+            raise JudgeError("the judge at 10.0.0.7 does not answer")
         if self.mood == "dumb" and dimension.name == "effect":
             raise Unscored("no JSON", 7, 3)
         return Rating(5, "fine", "moody", 10, 5)
@@ -187,7 +187,10 @@ def test_a_judge_that_is_down_at_the_start_is_waited_for():
         until(lambda: len(judge.asked) > 2)
         ready = httpx.get(url + "/ready")
         assert ready.status_code == 503
-        assert "does not answer" in ready.json()["detail"]
+        assert "what is behind the service does not answer yet" in ready.json()["detail"]
+        assert "10.0.0.7" not in ready.text
+        assert "10.0.0.7" not in httpx.get(url + "/live").text
+        assert "10.0.0.7" not in httpx.post(url + "/v1/verdicts", json=call()).text
         assert httpx.get(url + "/live").status_code == 200
         assert httpx.post(url + "/v1/verdicts", json=call()).status_code == 503
         judge.mood = "fine"
@@ -200,3 +203,12 @@ def test_the_schema_has_examples(mini: JudgeClient):
     reply = httpx.post(mini.line.url + "/v1/verdicts", json=example)
     assert reply.status_code == 200
     assert set(reply.json()["scores"]) == {"target", "effect", "consistency"}
+    for kind in (wire.EditReply, wire.JudgeReply, wire.ErrorReply):
+        for shown in kind.model_json_schema()["examples"]:
+            kind.model_validate(shown)
+
+
+def test_a_score_is_on_the_published_scale():
+    for score in (0, 6):
+        with pytest.raises(ValueError, match="score"):
+            wire.Scored(score=score)
