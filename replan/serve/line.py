@@ -192,10 +192,12 @@ class Line:
         import httpx
 
         config = self.config
+        most = config.connections
         return {
             # no limit on the wait for a connection of our own: it is no fault of the service's
             "timeout": httpx.Timeout(config.timeout, connect=min(10.0, config.timeout), pool=None),
-            "limits": httpx.Limits(max_connections=config.connections, max_keepalive_connections=config.connections),
+            # an idle connection goes before the service lets go of it (uvicorn: 5 s), or a call would meet its end
+            "limits": httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=3.0),
             "trust_env": False,  # a proxy of the environment is not meant for a service on this machine
         }
 
