@@ -173,10 +173,11 @@ def test_judge_down_editor_killed_judge_slow(tmp_path: Path, ways: tuple[str, ..
         told: list[str] = []
 
         def kill() -> None:
+            assert editor.process is not None
+            found = replicas(editor.process.pid)  # looked up before, so that the request still runs at the kill
             wait_for_work(editor.url)
             if ways:  # Ray starts another one
-                assert editor.process is not None
-                os.kill(replicas(editor.process.pid)[0], signal.SIGKILL)
+                os.kill(found[0], signal.SIGKILL)
             else:
                 editor.kill()
                 editor.start()
