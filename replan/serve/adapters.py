@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import secrets
@@ -126,7 +127,7 @@ def add_adapters(service: Service, edit: Edit) -> None:
     async def generations(request: Request, call: Generation) -> dict[str, Any]:
         """The first RePlan's edit server."""
         with _in_words_of(_OF_ANSWER):
-            reply = await edit(request, by_answer(call, limits))
+            reply = await edit(request, await asyncio.to_thread(by_answer, call, limits))  # it decodes the picture
         return {"data": [{"final_image_base64": reply.image}]}
 
     async def wanted(request: Request, call: Wanted) -> dict[str, Any]:

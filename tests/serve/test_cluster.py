@@ -53,11 +53,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def editor() -> Editor:
+def editor() -> Iterator[Editor]:
+    """With as many threads as Ray gives a replica of half a CPU: the last bits hang on their number."""
     from dataclasses import replace
 
-    made = setup("steps=2")
-    return Editor.load("mini", None, config=replace(made.config, **LONG))
+    import torch
+
+    made, threads = setup("steps=2"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Editor.load("mini", None, config=replace(made.config, **LONG))
+    torch.set_num_threads(threads)
 
 
 def asked(seed: int) -> EditRequest:
