@@ -58,12 +58,11 @@ def grpo(
       [cyan]accelerate launch --num_processes 2 -m replan train grpo grpo/stage1 engine=trl[/cyan]
     """
     from replan import config as loader
-    from replan.cli.console import out, quiet_libraries
+    from replan.cli.console import out
     from replan.train.grpo import GrpoConfig
 
     chosen = loader.load(GrpoConfig, config, settings or ())
-    quiet_libraries()
-    _quiet_trainers()
+    _quiet()
     if chosen.engine == "verl":
         from replan.train import engine_verl as engine
     else:
@@ -71,11 +70,14 @@ def grpo(
     out(str(engine.train(chosen)))
 
 
-def _quiet_trainers() -> None:
-    """What trl says of transformers' newer names, and datasets of pictures that are decoded when they are looked at."""
+def _quiet() -> None:
+    """Also what trl says of transformers' newer names, and datasets of pictures that are decoded when looked at."""
     import logging
     import warnings
 
+    from replan.cli.console import quiet_libraries
+
+    quiet_libraries()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     logging.getLogger("datasets.fingerprint").setLevel(logging.ERROR)
 
@@ -132,9 +134,9 @@ def prove(
     [bold]Example[/bold]
       [cyan]replan train prove stage1 runs/proof --jobs 2 && replan train prove stage2 runs/proof --jobs 2[/cyan]
     """
-    from replan.cli.console import out, quiet_libraries
+    from replan.cli.console import out
     from replan.train.proof import prove as run
 
-    quiet_libraries()
-    for path in run(stage, folder, seeds, settings or (), jobs):
+    _quiet()
+    for path in run(stage, folder, seeds, settings or (), jobs, _quiet):
         out(str(path))

@@ -18,8 +18,9 @@ import logging
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -64,8 +65,16 @@ class Curve:
         return self.held_out[max(self.held_out)]
 
 
-def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str], jobs: int = 1) -> tuple[Path, Path]:
-    """Run what is missing, `jobs` seeds at once; write `<folder>/<stage>.json` and `.png`.
+def prove(
+    stage: str,
+    folder: Path,
+    seeds: int,
+    overrides: Sequence[str],
+    jobs: int = 1,
+    begin: Callable[[], None] | None = None,
+) -> tuple[Path, Path]:
+    """Run what is missing, `jobs` seeds at once; write `<folder>/<stage>.json` and `.png`. `begin` is called first in
+    every process that trains; a function of a module.
 
     Raises ConfigError for an unknown stage.
     """
@@ -77,14 +86,14 @@ def prove(stage: str, folder: Path, seeds: int, overrides: Sequence[str], jobs: 
     outputs = {seed: folder / f"{stage}-seed{seed}" for seed in range(1, seeds + 1)}
     chosen = [_config(stage, start, folder, output, seed, overrides) for seed, output in outputs.items()]
     missing = [config for config in chosen if not _is_done(Path(config.output), config)]
-    _train(missing, min(jobs, len(missing)))
+    _train(missing, min(jobs, len(missing)), begin)
     curves = [read_curve(output, MEASURE[stage], seed) for seed, output in outputs.items()]
     for curve in curves:
         log.info("seed %d: %s %.3f -> %.3f on held-out items", curve.seed, MEASURE[stage], curve.start, curve.end)
     return _write(stage, folder, curves, overrides)
 
 
-def _train(chosen: Sequence[GrpoConfig], jobs: int) -> None:
+def _train(chosen: Sequence[GrpoConfig], jobs: int, begin: Callable[[], None] | None) -> None:
     """Train each, `jobs` at once in processes of their own that share the cores."""
     if jobs < 2:
         for config in chosen:
@@ -92,10 +101,20 @@ def _train(chosen: Sequence[GrpoConfig], jobs: int) -> None:
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            jobs, context, initializer=_begin_beside, initargs=(begin,), max_tasks_per_child=1
+        ) as pool:
             list(pool.map(_train_beside, chosen, [threads] * len(chosen)))
     except BrokenProcessPool as error:
         raise ReplanError("the process of a seed died; the same command goes on") from error
+
+
+def _begin_beside(begin: Callable[[], None] | None) -> None:
+    """Ctrl-C reaches all processes; only the first one says so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if begin is not None:
+        begin()
 
 
 def _train_beside(config: GrpoConfig, threads: int) -> None:
